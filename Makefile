@@ -1,0 +1,64 @@
+# Every target sets up what it lacks, so each of them may be the first command in a fresh checkout.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+EXTRAS := all
+
+# Overridable: `make run PYTHON=python3.12`, `make run TORCH=torch` (the newest build, CUDA where pip offers it),
+# `make checkpoints MINUTES=120`. The choice of TORCH is remembered in .venv for the calls that follow.
+ifndef PYTHON
+PYTHON := $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+endif
+TORCH ?= $(or $(shell cat $(VENV)/torch.txt 2>/dev/null),torch==2.13.0)
+MINUTES ?= 30
+STAGES := autoencoder text detector base
+
+# More torch threads than cores make everything many times slower.
+ifndef OMP_NUM_THREADS
+OMP_NUM_THREADS := $(shell $(or $(PYTHON),false) -I snapgen_core/threads.py)
+endif
+export OMP_NUM_THREADS
+export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv run test lab checkpoints clean FORCE
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+venv: $(STAMP) ## create .venv and install the package with everything it needs
+
+run: $(STAMP) ## run the notebooks and draw the first pictures
+	$(BIN)/snapgen run
+
+test: $(STAMP) ## run all tests, then every notebook against its committed outputs
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout 600
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+checkpoints: $(STAMP) ## train every stage again, MINUTES each, and ship the weights
+	@set -e; for stage in $(STAGES); do \
+		$(BIN)/snapgen train $$stage --minutes $(MINUTES) --run-dir exports/runs/tiny/$$stage --ship; \
+	done
+
+clean: ## remove .venv and caches (never shipped data nor training runs)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache data/cache exports/runs/notebooks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One pip call for torch and the package: pip then keeps the CPU build of torch where one is offered.
+$(STAMP): pyproject.toml $(VENV)/torch.txt
+	@test -n "$(PYTHON)" || { echo "snapgen: needs Python 3.11 or newer; name one: make run PYTHON=/path/to/python"; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(BIN)/python -m pip install --quiet $(TORCH) -e ".[$(EXTRAS)]"
+	@touch $@
+
+# Changes only when TORCH does, so that another TORCH installs again and the same one does not.
+$(VENV)/torch.txt: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
