@@ -1,0 +1,131 @@
+"""Presets: frozen dataclasses, one per model and scale."""
+
+from dataclasses import dataclass, replace
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One row of the table of scales: sizes that the models of a scale share.
+
+    Image and latent sizes in pixels; token counts and widths are those of the fused text context (Sec. 4).
+    `autoencoder` holds `AutoencoderKL` arguments where the autoencoder is trained here, `hub` the repository where
+    pretrained parts come from.
+    """
+
+    name: str
+    image_size: int
+    clip_tokens: int
+    lm_tokens: int
+    context_dim: int
+    latent_channels: int = 16
+    shift: float = 3.0  # Sec. 4, "time shift of 3 for both training and inference"
+    autoencoder: dict | None = None
+    hub: str | None = None
+
+    @property
+    def latent_size(self) -> int:
+        return self.image_size // 8
+
+
+# SD3's AutoencoderKL config with narrow widths, one layer a block and 8 norm groups.
+_TINY_AUTOENCODER = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(24, 48, 96, 160),
+    layers_per_block=1,
+    latent_channels=16,
+    norm_num_groups=8,
+    sample_size=64,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+    scaling_factor=1.0,  # shift and scale are measured when the autoencoder is shipped
+    shift_factor=0.0,
+)
+
+_SD35 = "stabilityai/stable-diffusion-3.5-medium"
+
+SCALES = {
+    "tiny": Scale("tiny", image_size=64, clip_tokens=24, lm_tokens=24, context_dim=384, autoencoder=_TINY_AUTOENCODER),
+    "small": Scale("small", image_size=256, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35),
+    "paper": Scale("paper", image_size=1024, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35),
+}
+SCALE_NAMES = tuple(SCALES)
+
+
+def get_scale(name: str) -> Scale:
+    if name not in SCALES:
+        raise UserError(f"unknown scale {name!r}: choose one of {', '.join(SCALE_NAMES)}")
+    return SCALES[name]
+
+
+@dataclass(frozen=True)
+class UNetPreset:
+    """Arguments of `SnapGenUNet`, explained there. The defaults are the paper's text-to-image model (379 M)."""
+
+    in_channels: int = 16
+    out_channels: int = 16
+    context_dim: int = 2304
+    channels: tuple[int, ...] = (256, 512, 896)
+    transformer_depth: tuple[int, ...] = (1, 2, 4)
+    layers_per_block: int = 2
+    head_dim: int = 64
+    time_embed_dim: int = 1024
+    self_attention: tuple[bool, ...] = (False, False, True)
+    separable_conv: bool = True
+    expansion: float = 2
+    ffn_ratio: float = 3
+    kv_heads: int | None = 1
+    residual_blocks: tuple[bool, ...] = (False, True, True)
+    qk_norm: bool = True
+    rope: bool = True
+
+
+# The ablation of Fig. 2 and 3 on ImageNet (Supplement H: an 8-channel latent, texts from CLIP-L), each step on top of
+# the one before. c0 is the step that the paper reports and rejects: separable convolutions that are not expanded.
+_A = UNetPreset(
+    in_channels=8,
+    out_channels=8,
+    context_dim=768,
+    transformer_depth=(0, 2, 4),
+    self_attention=(True, True, True),
+    separable_conv=False,
+    ffn_ratio=4,
+    kv_heads=None,
+    residual_blocks=(True, True, True),
+    qk_norm=False,
+    rope=False,
+)
+_B = replace(_A, self_attention=(False, False, True))
+_C0 = replace(_B, separable_conv=True, expansion=1)
+_C = replace(_B, separable_conv=True, expansion=2)
+_D = replace(_C, ffn_ratio=3)
+_E = replace(_D, kv_heads=1)
+_F = replace(_E, transformer_depth=(1, 2, 4), residual_blocks=(False, True, True))
+_G = replace(_F, qk_norm=True, rope=True)
+
+UNET_PRESETS = {
+    # 7.6 M: in 16 bits the weights stay under 16 MB. Two stages, 8x8 and 4x4: a third would be 2x2, too coarse to place
+    # anything.
+    "tiny": UNetPreset(
+        context_dim=384,
+        channels=(96, 192),
+        transformer_depth=(1, 1),
+        head_dim=32,
+        time_embed_dim=512,
+        self_attention=(False, True),
+        residual_blocks=(False, True),
+    ),
+    "small": UNetPreset(channels=(192, 320, 448), time_embed_dim=768),  # 115 M
+    "paper": UNetPreset(),
+    "paper-imagenet": _G,
+    "ablation-a": _A,
+    "ablation-b": _B,
+    "ablation-c0": _C0,
+    "ablation-c": _C,
+    "ablation-d": _D,
+    "ablation-e": _E,
+    "ablation-f": _F,
+    "ablation-g": _G,
+}
