@@ -1,0 +1,132 @@
+"""Data that training reads: scenes encoded once and cached, and a user's own folders of captioned pictures."""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, UnidentifiedImageError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from .errors import UserError
+from .files import atomic_folder
+from .latents import encode
+from .scenes import draw_scene
+
+SHARD = 4096  # scenes in a shard of cached latents
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Short hash of a module's weights: caches made by other weights are never mixed up with it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class SceneLatents:
+    """Training scenes 0 .. count-1 as latents, encoded once and kept as shards in `folder`.
+
+    Attributes:
+        latents: fp16 [count, 16, h, w], normalised (mean 0, standard deviation 1).
+        captions: list of count strings.
+    """
+
+    def __init__(self, vae: AutoencoderKL, folder: Path, count: int, seed: int, size: int, progress: bool = True):
+        folder = folder / f"scenes-{size}-seed{seed}-{fingerprint(vae)}"
+        shards = [folder / f"{start:08d}" for start in range(0, count, SHARD)]
+        todo = [shard for shard in shards if not shard.exists()]
+        for shard in tqdm(todo, desc="encoding scenes", unit="shard", disable=not (progress and todo)):
+            _write_shard(vae, shard, seed, size)
+        self.latents = torch.cat([load_file(shard / "latents.safetensors")["latents"] for shard in shards])[:count]
+        self.captions = [caption for shard in shards for caption in json.loads((shard / "captions.json").read_text())][:count]
+
+
+def _write_shard(vae: AutoencoderKL, shard: Path, seed: int, size: int, batch: int = 64) -> None:
+    first = int(shard.name)
+    latents, captions = [], []
+    for start in range(first, first + SHARD, batch):
+        scenes = [draw_scene(seed, index, size=size) for index in range(start, start + batch)]
+        latents.append(encode(vae, torch.stack([scene.image for scene in scenes])).half().cpu())
+        captions += [scene.prompt.text for scene in scenes]
+    with atomic_folder(shard) as temporary:
+        save_file({"latents": torch.cat(latents).contiguous()}, temporary / "latents.safetensors")
+        (temporary / "captions.json").write_text(json.dumps(captions))
+
+
+class ImageFolder(Dataset):
+    """A user's own pictures with captions: item i is {"image": [3, size, size] in [-1, 1], "caption": str}.
+
+    The caption of `cat.jpg` is, in this order: its line in `metadata.jsonl` ({"file_name": ..., "text": ...}), the
+    text of `cat.txt`, or the file's name in words. Pictures are scaled and centre-cropped to a square. Every file is
+    opened once at the start: those that cannot be read are skipped, counted and named in `skipped` and one warning.
+
+    Raises:
+        UserError: no such folder, or not one readable picture in it.
+    """
+
+    def __init__(self, folder: str | Path, size: int):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}")
+        self.size = size
+        self.files: list[Path] = []
+        self.skipped: dict[Path, str] = {}
+        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+            try:
+                _load_square(path, size)
+                self.files.append(path)
+            except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                self.skipped[path] = str(error)
+        if self.skipped:
+            named = ", ".join(str(path.relative_to(folder)) for path in list(self.skipped)[:10])
+            more = f" and {len(self.skipped) - 10} more" if len(self.skipped) > 10 else ""
+            warnings.warn(f"{folder}: skipped {len(self.skipped)} unreadable of {len(self.skipped) + len(self.files)} pictures: {named}{more}", stacklevel=2)
+        if not self.files:
+            raise UserError(f"no readable picture in {folder}")
+        described = _described(folder)
+        self.captions = [described.get(path.relative_to(folder).as_posix()) or _caption(path) for path in self.files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": _load_square(self.files[index], self.size), "caption": self.captions[index]}
+
+
+def _load_square(path: Path, size: int) -> Tensor:
+    """[3, size, size] in [-1, 1]; transparency is laid on white."""
+    with Image.open(path) as file:
+        picture = file.convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    scale = size / min(picture.size)
+    picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    picture = picture.crop((left, top, left + size, top + size))
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(size, size, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _described(folder: Path) -> dict[str, str]:
+    path = folder / "metadata.jsonl"
+    if not path.exists():
+        return {}
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return {line["file_name"]: line["text"] for line in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a list of {{file_name, text}} lines: {error}") from None
+
+
+def _caption(path: Path) -> str:
+    text = path.with_suffix(".txt")
+    if text.exists():
+        return text.read_text(errors="replace").strip()
+    return path.stem.replace("_", " ").replace("-", " ")

@@ -1,0 +1,38 @@
+"""Images to latents and back, through a frozen autoencoder."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from .errors import UserError
+from .paths import checkpoint_dir
+from .scales import get_scale
+
+
+def load_autoencoder(scale: str, folder: Path | None = None) -> AutoencoderKL:
+    """The scale's autoencoder, frozen, fp32: the one trained here (`tiny`), SD3's from the hub, or `folder`."""
+    hub = get_scale(scale).hub
+    try:
+        if folder is None and hub:
+            vae = AutoencoderKL.from_pretrained(hub, subfolder="vae", use_safetensors=True)
+        else:
+            vae = AutoencoderKL.from_pretrained(folder or checkpoint_dir(scale) / "autoencoder", use_safetensors=True)
+    except Exception as error:  # hub and safetensors raise many kinds: to the user they are all "cannot be loaded"
+        raise UserError(f"cannot load the autoencoder of scale {scale}: {str(error).splitlines()[0]}") from None
+    return vae.float().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images [B,3,H,W] in [-1, 1] to normalised latents [B,16,H/8,W/8]: z_in = (z - shift) * scale."""
+    z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
+    return (z - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Normalised latents [B,16,h,w] to images [B,3,8h,8w] in [-1, 1]."""
+    z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(z).sample.clamp(-1, 1)

@@ -1,0 +1,172 @@
+"""SnapGenPipeline: from words to a picture, a diffusers pipeline like any other."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from . import flow
+from .errors import UserError
+from .latents import decode, load_autoencoder
+from .paths import checkpoint_dir
+from .scales import get_scale
+from .text import ENCODERS, TextEncoders, load_text_encoders
+from .unet import SnapGenUNet
+
+STAGES = ("base",)  # what `load` offers; later chapters add kd and distilled
+
+
+@dataclass
+class SnapGenPipelineOutput(BaseOutput):
+    """`images`: list of PIL images, or a tensor [B, 3, H, W] in [-1, 1] with output_type="pt"."""
+
+    images: list[Image.Image] | Tensor
+
+
+class SnapGenPipeline(DiffusionPipeline):
+    """Text encoders, student UNet and decoder (Sec. 4, "Model Details").
+
+    The text encoders have SD3's component names; `clip_tokens` and `lm_tokens` are the lengths at which prompts are cut.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->vae"
+
+    def __init__(self, unet: SnapGenUNet, vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens: int = 77, lm_tokens: int = 77):
+        super().__init__()
+        self.register_modules(
+            unet=unet, vae=vae, scheduler=scheduler,
+            text_encoder=text_encoder, tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
+        )
+        self.register_to_config(clip_tokens=clip_tokens, lm_tokens=lm_tokens)
+        self.text = TextEncoders(text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens, lm_tokens)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Noise levels of a run with `steps` steps, [steps + 1]."""
+        return flow.inference_sigmas(steps, self.scheduler.config.shift)
+
+    def noise(self, count: int, generator: torch.Generator | list[torch.Generator] | None = None, size: int | None = None) -> Tensor:
+        """Starting noise [count, C, size/8, size/8], drawn on the CPU so that a seed means the same picture everywhere;
+        a list of generators gives every picture its own."""
+        side = (size or self.vae.config.sample_size) // 8
+        shape = (self.unet.config.in_channels, side, side)
+        if isinstance(generator, list):
+            if len(generator) != count:
+                raise ValueError(f"{len(generator)} generators for {count} pictures")
+            return torch.stack([torch.randn(shape, generator=g) for g in generator]).to(self.device)
+        return torch.randn(count, *shape, generator=generator).to(self.device)
+
+    def velocity(self, context: Tensor, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """The (guided) velocity field v(x, sigma) of a context [B, L, D]. Guidance 1 needs one network call a step,
+        any other two, stacked in one batch; the unconditional context is zeros (Sec. 4)."""
+        guided = guidance_scale != 1
+        both = torch.cat([torch.zeros_like(context), context]) if guided else context
+        both = both.to(self.unet.dtype)
+
+        def field(x: Tensor, sigma: Tensor) -> Tensor:
+            stacked = torch.cat([x, x]) if guided else x
+            timestep = (flow.TIMESTEPS * sigma).to(x.device).expand(len(stacked))
+            v = self.unet(stacked.to(self.unet.dtype), timestep, both).sample.to(x.dtype)
+            return flow.guide(*v.chunk(2), guidance_scale) if guided else v
+
+        return field
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_inference_steps: int = 28,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        encoders: Iterable[str] = ENCODERS,
+        size: int | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> SnapGenPipelineOutput:
+        """Draw `prompt` (one, or a list of them: one picture each).
+
+        Args:
+            encoders: the text encoders to use, any subset of "clip_l", "clip_g", "lm" (Sec. 4).
+            size: pixels, a multiple of 8 (default: what the model was trained for).
+            latents: starting noise in place of the generator's, [B, C, size/8, size/8].
+            output_type: "pil", "pt" (tensor [B, 3, H, W] in [-1, 1]) or "latent".
+            on_step: called after each step with (step, predicted clean latent).
+
+        Raises:
+            UserError: an empty prompt or settings that cannot work.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
+            raise UserError("the prompt is empty: say what to draw")
+        if num_inference_steps < 1:
+            raise UserError(f"steps must be at least 1, not {num_inference_steps}")
+        if output_type not in ("pil", "pt", "latent"):
+            raise UserError(f"unknown output type {output_type!r}: choose pil, pt or latent")
+        if size is not None and (size < 8 or size % 8):
+            raise UserError(f"size must be a multiple of 8, not {size}")
+        context = self.text.encode(prompts, use=encoders)
+        noise = self.noise(len(prompts), generator, size) if latents is None else latents
+        x = noise
+        steps = flow.trajectory(self.velocity(context, guidance_scale), noise, self.sigmas(num_inference_steps))
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for step, x, x0 in steps:
+                if on_step:
+                    on_step(step, x0)
+                bar.update()
+        if output_type == "latent":
+            return SnapGenPipelineOutput(images=x)
+        images = decode(self.vae, x)
+        return SnapGenPipelineOutput(images=to_pil(images) if output_type == "pil" else images)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images [B, 3, H, W] in [-1, 1] as PIL images."""
+    pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).numpy()]
+
+
+def build(scale: str, unet: SnapGenUNet) -> SnapGenPipeline:
+    """A pipeline of the scale's autoencoder and text encoders around `unet`."""
+    config = get_scale(scale)
+    text = load_text_encoders(config)
+    pipe = SnapGenPipeline(
+        unet.eval(), load_autoencoder(scale), FlowMatchEulerDiscreteScheduler(shift=config.shift),
+        text.clip_l, text.tokenizers["clip_l"], text.clip_g, text.tokenizers["clip_g"], text.lm, text.tokenizers["lm"],
+        config.clip_tokens, config.lm_tokens,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None) -> SnapGenPipeline:
+    """The pipeline with the weights that ship (`data/checkpoints/<scale>/<stage>`), or with the UNet in `folder`.
+
+    Raises:
+        UserError: unknown names, or weights that are missing, truncated or of another model.
+    """
+    get_scale(scale)
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
+    return build(scale, load_unet(folder or checkpoint_dir(scale) / stage))
+
+
+def load_unet(folder: Path) -> SnapGenUNet:
+    """A student saved with `save_pretrained`, in fp32."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"no student in {folder}: train one with `snapgen train base` and --ship it")
+    try:
+        unet, report = SnapGenUNet.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+    except Exception as error:  # safetensors, json and diffusers raise many kinds
+        raise UserError(f"cannot load the student in {folder}: {str(error).strip().splitlines()[0]}") from None
+    strange = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if strange:
+        raise UserError(f"{folder} is not a checkpoint of this student: {len(strange)} tensors do not fit, {strange[0]} first")
+    return unet.float()

@@ -1,0 +1,104 @@
+"""Stage `autoencoder`: SD3's AutoencoderKL made narrow, trained on emoji scenes (f = 8, 16 channels, Sec. 3.2)."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..scales import get_scale
+from ..scenes import TRAIN_MIX, draw_images, draw_scene, plain_names, render
+from ..scenes import Prompt, Wanted
+from ..train import TrainSettings, step_generator
+
+# Single emoji of all kinds teach the autoencoder more shapes than the 32 classes of the scenes.
+MIX = {**TRAIN_MIX, "plain": 0.3}
+
+
+class AutoencoderTraining(nn.Module):
+    """forward(image [B,3,S,S], noise [B,16,S/8,S/8]) -> (L1 + 4 MSE + 1e-4 KL, figures).
+
+    L1 keeps edges sharp, MSE is what PSNR measures; the faint KL keeps the latent smooth enough to be denoised.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        posterior = self.vae.encode(image).latent_dist
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        l1 = (decoded - image).abs().mean()
+        mse = (decoded - image).square().mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        return l1 + 4 * mse + 1e-4 * kl, {"l1": l1.detach(), "mse": mse.detach(), "kl": kl.detach()}
+
+
+class AutoencoderStage:
+    """See `snapgen_core.train.Stage`."""
+
+    name = "autoencoder"
+
+    def __init__(self, scale: str, seed: int):
+        self.scale, self.seed = scale, seed
+        config = get_scale(scale)
+        if config.autoencoder is None:
+            raise UserError(f"scale {scale} uses SD3's autoencoder from the hub: there is nothing to train")
+        self.size = config.image_size
+        torch.manual_seed(seed)
+        self.module = AutoencoderTraining(AutoencoderKL(**config.autoencoder)).to(memory_format=torch.channels_last)
+        self.settings = TrainSettings(batch_size=16, learning_rate=1.2e-3, betas=(0.9, 0.99), steps=6000)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        first = step * self.settings.batch_size
+        indices = range(first + rank, first + self.settings.batch_size, world)
+        image = draw_images(self.seed, indices, size=self.size, mix=MIX)
+        noise = torch.randn(len(image), 16, self.size // 8, self.size // 8, generator=step_generator(self.seed, step, rank))
+        return {"image": image.contiguous(memory_format=torch.channels_last), "noise": noise}
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        """PSNR in dB on unseen scenes, and on sprites that training never draws."""
+        vae = self.module.vae
+        scenes = torch.stack([draw_scene(self.seed, i, split, size=self.size).image for split in ("seen", "held_out") for i in range(128)])
+        sprites = draw_unseen_sprites(self.seed, self.size)
+        return {"psnr_unseen_scenes_db": psnr(reconstruct(vae, scenes), scenes).mean().item(), "psnr_unseen_sprites_db": psnr(reconstruct(vae, sprites), sprites).mean().item()}
+
+    @torch.no_grad()
+    def save(self, root: Path) -> list[Path]:
+        """Ships the autoencoder in fp16, with the latent's shift and scale measured over 1,024 training scenes, so that
+        z_in = (z - shift) * scale has mean 0 and standard deviation 1 (SD3's convention)."""
+        vae = self.module.vae
+        device = next(vae.parameters()).device
+        chunks = [draw_images(self.seed, range(i, i + 64), size=self.size).to(device) for i in range(0, 1024, 64)]
+        latent = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
+        vae.register_to_config(shift_factor=latent.mean().item(), scaling_factor=1 / latent.std().item())
+        folder = root / self.name
+        shipped = AutoencoderKL.from_config(vae.config)
+        shipped.load_state_dict(vae.state_dict())
+        shipped.half().save_pretrained(folder)
+        return [folder]
+
+
+def draw_unseen_sprites(seed: int, size: int, count: int = 128) -> Tensor:
+    """Single emoji of the `val` split, [count, 3, size, size]."""
+    import numpy as np
+
+    names = plain_names("val")
+    rng = np.random.default_rng([9, seed])
+    prompts = [Prompt(names[i % len(names)], "plain", (Wanted(names[i % len(names)]),)) for i in range(count)]
+    return torch.stack([render(rng, prompt, size).image for prompt in prompts])
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
+    """Images [N,3,S,S] through the autoencoder and back, clamped to [-1, 1]."""
+    device = next(vae.parameters()).device
+    parts = [vae.decode(vae.encode(part.to(device)).latent_dist.mean).sample.cpu() for part in images.split(batch)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images [N,3,H,W] in [-1, 1], in dB, [N]."""
+    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))

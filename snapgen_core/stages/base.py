@@ -1,0 +1,85 @@
+"""Stage `base`: the student learns the rectified flow from captioned latents (Sec. 3.3, Eq. 1-2)."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import flow
+from ..data import SceneLatents
+from ..latents import load_autoencoder
+from ..paths import cache_dir
+from ..scales import get_scale
+from ..text import EmbeddingStore, drop_encoders, fuse, load_text_encoders
+from ..train import TrainSettings, step_generator
+from ..unet import SnapGenUNet
+
+SCENES = 65_536  # scenes in the cached training set; their text embeddings take about 1 GB of memory
+
+
+class BaseTraining(nn.Module):
+    """forward(x0, eps [B,16,h,w], sigma [B], context [B,L,D]) -> (Eq. 2, figures)."""
+
+    def __init__(self, unet: SnapGenUNet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        v = self.unet(flow.interpolate(x0, eps, sigma), flow.TIMESTEPS * sigma, context).sample
+        return flow.flow_matching_loss(v, x0, eps).mean(), {}
+
+
+class TrainingSet:
+    """Latents and text embeddings of the training scenes, computed once and cached on disk."""
+
+    def __init__(self, scale: str, seed: int, count: int = SCENES, progress: bool = True):
+        config = get_scale(scale)
+        self.scenes = SceneLatents(load_autoencoder(scale), cache_dir(scale), count, seed, config.image_size, progress)
+        encoders = load_text_encoders(config)
+        self.embeddings = EmbeddingStore(encoders, cache_dir(scale))
+        self.embeddings.add(self.scenes.captions, progress=progress)
+        self.context_dim = config.context_dim
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random (latents [B,16,h,w], context [B,L,D]); each text encoder is dropped independently (Sec. 4)."""
+        rows = torch.randint(len(self.scenes.latents), (count,), generator=generator)
+        parts = self.embeddings.gather([self.scenes.captions[i] for i in rows.tolist()])
+        return self.scenes.latents[rows].float(), fuse(*drop_encoders(parts, generator=generator))
+
+
+class BaseStage:
+    """See `snapgen_core.train.Stage`."""
+
+    name = "base"
+
+    def __init__(self, scale: str, seed: int):
+        self.scale, self.seed = scale, seed
+        torch.manual_seed(seed)
+        self.module = BaseTraining(SnapGenUNet.from_preset(scale))
+        self.settings = TrainSettings(batch_size=64, learning_rate=5e-4, steps=60_000)
+
+    @cached_property
+    def data(self) -> TrainingSet:
+        return TrainingSet(self.scale, self.seed)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        generator = step_generator(self.seed, step, rank)
+        count = self.settings.batch_size // world
+        x0, context = self.data.draw(count, generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        return {"x0": x0, "eps": eps, "sigma": flow.sample_sigmas(count, generator, get_scale(self.scale).shift), "context": context}
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        """SceneEval at 28 guided steps, overall and by task."""
+        from ..evaluate import evaluate_unet
+
+        return evaluate_unet(self.scale, self.module.unet, images=50, seed=self.seed)
+
+    def save(self, root: Path) -> list[Path]:
+        folder = root / self.name
+        shipped = SnapGenUNet.from_config(self.module.unet.config)
+        shipped.load_state_dict(self.module.unet.state_dict())
+        shipped.half().save_pretrained(folder)
+        return [folder]

@@ -1,0 +1,334 @@
+"""The one training loop: accelerate, EMA, JSONL log, atomic checkpoints, exact resume.
+
+The loop knows no stage. A stage brings a module whose forward returns its loss, and batches that are a pure function
+of (seed, step): all randomness (noise, timesteps, dropout of encoders) is drawn there. So weights, EMA, optimiser
+moments and the step number are the whole state, and a resumed run ends with the same bits as an uninterrupted one.
+"""
+
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .errors import UserError
+from .files import append_jsonl, atomic_folder, atomic_write, git_commit, write_json
+from .paths import checkpoint_dir
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What the loop needs to know. Defaults follow Supplement G, but for the learning rate, which is set per stage:
+    the paper's 5e-5 belongs to a total batch of 1024 and a long run."""
+
+    batch_size: int  # over all processes
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    clip_norm: float = 1.0
+    warmup_steps: int = 100
+    steps: int = 10_000  # the whole stage, where no budget is given
+
+
+class Stage(Protocol):
+    """What the loop needs of a stage (`snapgen_core.stages` holds one file each)."""
+
+    name: str
+    scale: str
+    seed: int
+    settings: TrainSettings
+    module: nn.Module  # all that is trained; forward(**batch) returns (loss, {figure: scalar tensor})
+
+    def batch(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
+        """This process's share of batch number `step`; a pure function of (seed, step, rank, world)."""
+
+    def score(self) -> dict[str, float]:
+        """Figures for the card, with the weights now in `module`."""
+
+    def save(self, root: Path) -> list[Path]:
+        """Write the shipped layout below `root` and return the folders written."""
+
+
+def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
+    """The generator of everything random in one step."""
+    mixed = (seed * 1_000_003 + step) * 4_099 + rank
+    return torch.Generator().manual_seed(mixed % 2**63)
+
+
+class _Steps(Dataset):
+    """Batch number i as item i, so that a DataLoader can prepare batches ahead."""
+
+    def __init__(self, stage: Stage, rank: int, world: int):
+        self.stage, self.rank, self.world = stage, rank, world
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        return self.stage.batch(step, self.rank, self.world)
+
+
+class Ema:
+    """Exponential moving average of a module's floating-point state; other buffers are copied."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    def update(self, module: nn.Module, step: int) -> None:
+        """Blend in the weights after step number `step`; early on the average is shorter, or it would keep the
+        random initial weights for a thousand steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, values = [], []
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                averages.append(self.state[name])
+                values.append(tensor.detach())
+            else:
+                self.state[name].copy_(tensor)
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """AdamW's moments under their parameters' names (safetensors holds flat tensors, no pickled state)."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return {f"optimizer.{names[p]}.{key}": value.contiguous() for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        prefix = f"optimizer.{name}."
+        state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        if state:
+            on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = on_device
+
+
+def _with_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def save_checkpoint(run_dir: Path, step: int, module: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+    """Write `run_dir/checkpoints/step-N` whole or not at all, then drop all but the newest two."""
+    tensors = {
+        **_with_prefix("model.", module.state_dict()),
+        **_with_prefix("ema.", ema.state),
+        **_optimizer_tensors(optimizer, module),
+    }
+    with atomic_folder(run_dir / "checkpoints" / f"step-{step:08d}") as folder:
+        save_file(tensors, folder / "state.safetensors")
+        write_json(folder / "state.json", {"step": step, **facts})
+    for old in _checkpoints(run_dir)[:-2]:
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("step-????????"))
+
+
+def load_checkpoint(run_dir: Path, identity: dict) -> tuple[dict[str, Tensor], dict] | None:
+    """Newest checkpoint of `run_dir` as (tensors, facts), or None; a checkpoint of another run is refused."""
+    found = _checkpoints(run_dir)
+    if not found:
+        return None
+    try:
+        facts = json.loads((found[-1] / "state.json").read_text())
+        tensors = load_file(found[-1] / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read the checkpoint {found[-1]}: {str(error).splitlines()[0]}; remove that folder to resume from the one before") from None
+    for key, value in identity.items():
+        if facts["identity"].get(key) != value:
+            raise UserError(f"{run_dir} holds a run with {key} {facts['identity'].get(key)!r}, not {value!r}: choose another --run-dir")
+    return tensors, facts
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load `path` (safetensors) into `module`; a truncated or foreign file is a UserError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+        missing = set(module.state_dict()) - names
+        if missing:
+            raise UserError(f"{path} is not a checkpoint of this model: it lacks {len(missing)} tensors, {min(missing)} first")
+        module.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"cannot load {path}: {str(error).splitlines()[0]}") from None
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+@contextmanager
+def _stop_signals():
+    """Turn SIGTERM and SIGINT into a flag, so that the step in progress ends and a checkpoint is written."""
+    received = []
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            handlers[number] = signal.signal(number, lambda n, _: received.append(n))
+        except ValueError:  # not in the main thread (a notebook's executor): then the kernel handles signals
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float | None = None, save_every: float = 120.0, workers: int = 0, progress: bool = True) -> Path:
+    """Train `stage` in `run_dir`, resuming what is there, and return the path of the final EMA weights.
+
+    Args:
+        steps: total steps of the run, those before a resume included (default: the stage's own).
+        minutes: stop after this time in this call, whatever the step.
+        save_every: seconds between checkpoints.
+        workers: processes that prepare batches ahead (0: none, right for two cores).
+
+    Raises:
+        UserError: the folder holds another run, or the loss is no longer finite (the last checkpoint is kept).
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    settings, bare = stage.settings, stage.module
+    identity = {"stage": stage.name, "scale": stage.scale, "seed": stage.seed, "world": accelerator.num_processes}
+    total = steps if steps is not None else (10**9 if minutes is not None else settings.steps)
+
+    bare.to(accelerator.device).train()
+    optimizer = torch.optim.AdamW((p for p in bare.parameters() if p.requires_grad), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
+    ema = Ema(bare, settings.ema_decay)
+    start, trained_minutes = 0, 0.0
+    resumed = load_checkpoint(run_dir, identity)
+    if resumed:
+        tensors, facts = resumed
+        bare.load_state_dict(_without_prefix("model.", tensors))
+        ema.state = {name: tensor.to(accelerator.device) for name, tensor in _without_prefix("ema.", tensors).items()}
+        _restore_optimizer(optimizer, bare, tensors)
+        start, trained_minutes = facts["step"], facts["minutes"]
+    _trim_log(run_dir / "log.jsonl", start)
+
+    module, optimizer = accelerator.prepare(bare, optimizer)
+    batches = DataLoader(_Steps(stage, accelerator.process_index, accelerator.num_processes), sampler=range(start, total), batch_size=None, num_workers=workers)
+    step, began, saved = start, time.monotonic(), time.monotonic()
+    bar = tqdm(total=total if total < 10**9 else None, initial=start, desc=f"{stage.name} ({stage.scale})", unit="step", dynamic_ncols=True, disable=not (progress and accelerator.is_main_process))
+
+    def checkpoint() -> None:
+        nonlocal saved
+        if accelerator.is_main_process:
+            facts = {"identity": identity, "minutes": trained_minutes + (time.monotonic() - began) / 60, "settings": asdict(settings)}
+            save_checkpoint(run_dir, step, bare, ema, optimizer.optimizer, facts)
+        saved = time.monotonic()
+
+    with _stop_signals() as stopped, bar:
+        for batch in batches:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+            with accelerator.autocast():
+                loss, figures = module(**{key: value.to(accelerator.device) for key, value in batch.items()})
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss is {loss.item()} at step {step + 1}: training stopped; the last good checkpoint in {run_dir} is kept")
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(module.parameters(), settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            ema.update(bare, step)
+            seconds = time.monotonic() - began
+            rate = (step - start) * settings.batch_size / max(seconds, 1e-9)
+            bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} samples/s")
+            bar.update()
+            if accelerator.is_main_process:
+                append_jsonl(run_dir / "log.jsonl", {"step": step, "loss": loss.item(), **{k: float(v) for k, v in figures.items()}, "grad_norm": float(norm), "seconds": round(trained_minutes * 60 + seconds, 2)})
+            if stopped or (minutes is not None and seconds >= 60 * minutes):
+                break
+            if time.monotonic() - saved >= save_every:
+                checkpoint()
+    checkpoint()
+    if stopped:
+        raise UserError(f"stopped by signal {stopped[0]} after step {step}; the same command resumes from {run_dir}")
+    return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60)
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drop the log's lines after `step`: they were written between the last checkpoint and the kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # the kill cut this line short
+            continue
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in kept))
+
+
+def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float) -> Path:
+    """Put the EMA weights into the module, write them as DIR/model.safetensors, score them into DIR/result.json."""
+    path = run_dir / "model.safetensors"
+    stage.module.load_state_dict(ema.state)
+    stage.module.eval()
+    if accelerator.is_main_process:
+        with atomic_write(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in ema.state.items()}, temporary)
+        result = {
+            "stage": stage.name,
+            "scale": stage.scale,
+            "seed": stage.seed,
+            "command": shlex.join(["snapgen", *sys.argv[1:]]),
+            "commit": git_commit(),
+            "steps": step,
+            "samples": step * stage.settings.batch_size,
+            "minutes": round(minutes, 1),
+            "device": _device_name(accelerator.device),
+            "scores": stage.score(),
+        }
+        write_json(run_dir / "result.json", result)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def ship(stage: Stage, run_dir: Path) -> list[Path]:
+    """Copy the finished run's weights with a card to data/checkpoints/<scale>; returns the folders written."""
+    load_weights(stage.module, run_dir / "model.safetensors")
+    stage.module.eval()
+    result = json.loads((run_dir / "result.json").read_text())
+    folders = stage.save(checkpoint_dir(stage.scale))
+    for folder in folders:
+        with atomic_write(folder / "CARD.md") as temporary:
+            temporary.write_text(card(folder.name, result))
+    return folders
+
+
+def card(title: str, result: dict) -> str:
+    """A checkpoint's card: how it was made and what it scores."""
+    facts = {key: result[key] for key in ("command", "commit", "seed", "steps", "samples", "minutes", "device")}
+    lines = [f"# {title} ({result['scale']})", "", "| made by | |", "|---|---|", *(f"| {k} | `{v}` |" for k, v in facts.items())]
+    lines += ["", "| scores | |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in result["scores"].items()), ""]
+    return "\n".join(lines)

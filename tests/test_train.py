@@ -1,0 +1,201 @@
+"""The loop: exact resume after kill -9, budgets, EMA, refusals, a NaN."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from snapgen_core import train as loop
+from snapgen_core.errors import UserError
+from snapgen_core.train import Ema, TrainSettings, step_generator, train
+
+
+class Line(nn.Module):
+    """Fits y = 3x - 1 with a small network; `poison` makes its loss NaN from that step on."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x, y, poison):
+        loss = (self.net(x) - y).square().mean() + poison.sum()
+        return loss, {"twice": 2 * loss.detach()}
+
+
+class LineStage:
+    name, scale = "line", "tiny"
+
+    def __init__(self, seed=0, poison_at=10**9, pause=0.0, **settings):
+        torch.manual_seed(seed)
+        self.seed, self.poison_at, self.pause, self.module = seed, poison_at, pause, Line()
+        self.settings = TrainSettings(**{"batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 5, "steps": 30, **settings})
+
+    def batch(self, step, rank=0, world=1):
+        time.sleep(self.pause)
+        x = torch.randn(16, 1, generator=step_generator(self.seed, step, rank))
+        return {"x": x, "y": 3 * x - 1, "poison": torch.tensor([math.nan if step >= self.poison_at else 0.0])}
+
+    def score(self):
+        with torch.no_grad():
+            return {"mse": self.module(**self.batch(10**6))[0].item()}
+
+    def save(self, root):
+        (root / "line").mkdir(parents=True)
+        return [root / "line"]
+
+
+def test_trains_logs_and_scores(tmp_path):
+    path = train(LineStage(steps=300, ema_decay=0.9), tmp_path, progress=False)
+    assert path == tmp_path / "model.safetensors"
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 301))
+    assert all(line["twice"] == pytest.approx(2 * line["loss"]) for line in log)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["steps"] == 300 and result["samples"] == 4800 and result["scores"]["mse"] < 0.1 * log[0]["loss"]
+
+
+@pytest.mark.parametrize("halt", [1, 13, 29])
+def test_stop_and_resume_equals_one_run(tmp_path, halt):
+    whole = train(LineStage(), tmp_path / "whole", progress=False)
+    train(LineStage(), tmp_path / "parts", steps=halt, progress=False)
+    parts = train(LineStage(), tmp_path / "parts", progress=False)
+    assert whole.read_bytes() == parts.read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 31))
+
+
+STUDENT = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_train import LatentStage
+from snapgen_core.train import train
+torch.set_num_threads(1)
+train(LatentStage(), Path(sys.argv[1]), steps=200, save_every=0.05, progress=False)
+"""
+
+
+class LatentStage:
+    """The real student, very narrow, on random latents: what `snapgen train base` trains, without its caches."""
+
+    name, scale, seed = "latent", "tiny", 0
+
+    def __init__(self):
+        from snapgen_core.stages.base import BaseTraining
+        from snapgen_core.unet import SnapGenUNet
+
+        torch.manual_seed(0)
+        config = {**SnapGenUNet.from_preset("tiny").config, "channels": (32, 64)}
+        self.module = BaseTraining(SnapGenUNet.from_config({k: v for k, v in config.items() if not k.startswith("_")}))
+        self.settings = TrainSettings(batch_size=2, learning_rate=1e-3)
+
+    def batch(self, step, rank=0, world=1):
+        g = step_generator(self.seed, step, rank)
+        x0, eps = torch.randn(2, 2, 16, 8, 8, generator=g)
+        return {"x0": x0, "eps": eps, "sigma": torch.rand(2, generator=g), "context": torch.randn(2, 8, 384, generator=g)}
+
+    def score(self):
+        return {}
+
+
+@pytest.mark.parametrize("kill_after_step", [37, 111])
+def test_kill_minus_9_and_resume_is_bit_identical(tmp_path, kill_after_step):
+    def start(run_dir):
+        return subprocess.Popen([sys.executable, "-c", STUDENT, str(run_dir), os.path.dirname(__file__)])
+
+    log = tmp_path / "killed" / "log.jsonl"
+    process = start(tmp_path / "killed")
+    while not log.exists() or len(log.read_text().splitlines()) < kill_after_step:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    assert start(tmp_path / "killed").wait() == 0
+    whole = tmp_path.parent / "uninterrupted"
+    if not whole.exists():
+        assert start(whole).wait() == 0
+    assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_time_budget_ends_with_usable_weights(tmp_path):
+    path = train(LineStage(pause=0.01), tmp_path, minutes=0.01, progress=False)
+    stage = LineStage(seed=1)
+    loop.load_weights(stage.module, path)
+    assert 0 < json.loads((tmp_path / "result.json").read_text())["steps"] < 1000
+
+
+def test_termination_keeps_a_checkpoint(tmp_path):
+    stage = LineStage(steps=10**6)
+    draw = stage.batch
+
+    def batch(step, rank=0, world=1):
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(step, rank, world)
+
+    stage.batch = batch
+    with pytest.raises(UserError, match="after step 13"):
+        train(stage, tmp_path, progress=False)
+    assert [p.name for p in loop._checkpoints(tmp_path)] == ["step-00000013"]
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    train(LineStage(), tmp_path, steps=10, progress=False)
+    with pytest.raises(UserError, match="nan at step 15"):
+        train(LineStage(poison_at=14), tmp_path, progress=False)
+    tensors, facts = loop.load_checkpoint(tmp_path, {})
+    assert facts["step"] == 10 and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_another_runs_folder_is_refused(tmp_path):
+    train(LineStage(), tmp_path, steps=2, progress=False)
+    with pytest.raises(UserError, match="holds a run with seed 0, not 1"):
+        train(LineStage(seed=1), tmp_path, progress=False)
+
+
+def test_damaged_checkpoint_is_one_clear_error(tmp_path):
+    train(LineStage(), tmp_path, steps=2, progress=False)
+    state = loop._checkpoints(tmp_path)[-1] / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot read the checkpoint"):
+        train(LineStage(), tmp_path, progress=False)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    path = train(LineStage(), tmp_path, steps=1, progress=False)
+    with pytest.raises(UserError, match="not a checkpoint of this model"):
+        loop.load_weights(nn.Linear(2, 2), path)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="cannot load"):
+        loop.load_weights(LineStage().module, path)
+
+
+def test_ema_matches_the_recursion_by_hand():
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, 1.0)
+    ema, expected = Ema(module, decay=0.9), 1.0
+    for step in range(1, 200):
+        nn.init.constant_(module.weight, float(step))
+        ema.update(module, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert ema.state["weight"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_old_checkpoints_are_dropped(tmp_path):
+    train(LineStage(), tmp_path, save_every=0.0, progress=False)
+    assert [p.name for p in loop._checkpoints(tmp_path)] == ["step-00000029", "step-00000030"]
+
+
+def test_step_generators_differ():
+    draws = {torch.randn(1, generator=step_generator(s, i, r)).item() for s in range(4) for i in range(20) for r in range(4)}
+    assert len(draws) == 4 * 20 * 4
