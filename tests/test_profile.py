@@ -1,0 +1,43 @@
+"""Counts against numbers worked out by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from snapgen_core.profile import count_macs, count_parameters
+
+
+class SelfAttention(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_parameters_count_shared_tensors_once():
+    first, second = nn.Linear(3, 5), nn.Linear(3, 5)
+    assert count_parameters(nn.Sequential(first, second)) == 40
+    second.weight = first.weight
+    assert count_parameters(nn.Sequential(first, second)) == 25
+    assert count_parameters(first.requires_grad_(False)) == 20
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "module, shape, macs",
+    [
+        (nn.Linear(3, 5), (7, 3), 7 * 3 * 5),
+        (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 8, 10), 2 * 80 * 9 * 4 * 6),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1), (1, 4, 8, 8), 16 * 9 * 4 * 6),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=4), (1, 4, 8, 8), 64 * 9 * 4),
+        (SelfAttention(), (2, 3, 11, 8), 2 * (2 * 3 * 11 * 11 * 8)),
+        (nn.GroupNorm(2, 4), (1, 4, 8, 8), 0),
+    ],
+)
+def test_macs(module, shape, macs, device):
+    assert count_macs(module.to(device), torch.zeros(shape, device=device)) == macs
+
+
+def test_macs_takes_keyword_arguments_and_leaves_no_gradients():
+    layer = nn.Linear(3, 5)
+    assert count_macs(layer, input=torch.zeros(2, 3)) == 30
+    assert layer.weight.grad is None
