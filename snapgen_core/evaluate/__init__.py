@@ -1,0 +1,34 @@
+"""How well does a picture show what its caption asks for? SceneEval: GenEval's six tasks on emoji scenes."""
+
+from .report import Report, Score, bootstrap_interval
+from .rules import COUNTING_THRESHOLD, explain, judge, relative_position
+from .sceneeval import (
+    evaluate_pipeline,
+    evaluate_stage,
+    evaluate_unet,
+    load_detector,
+    pipeline_generator,
+    scene_eval,
+    scene_prompts,
+)
+from .truth import near_misses, true_detections, validate_detector
+
+__all__ = [
+    "COUNTING_THRESHOLD",
+    "Report",
+    "Score",
+    "bootstrap_interval",
+    "evaluate_pipeline",
+    "evaluate_stage",
+    "evaluate_unet",
+    "explain",
+    "judge",
+    "load_detector",
+    "near_misses",
+    "pipeline_generator",
+    "relative_position",
+    "scene_eval",
+    "scene_prompts",
+    "true_detections",
+    "validate_detector",
+]
