@@ -1,0 +1,208 @@
+"""The `snapgen` command: reads arguments and hands them to a room of `snapgen_core/commands/`.
+
+Exit codes: 0 done, 1 something failed while running, 2 wrong input (one line on stderr), 130 interrupted.
+Nothing heavy is imported before the arguments are read, so that --help and a wrong argument answer at once.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import UserError
+from .threads import cap_threads
+
+TRAIN_STAGES = ("autoencoder", "text", "detector", "base")
+PICTURE_STAGES = ("base",)
+LONGEST_LINE = 300
+
+
+# ---------------------------------------------------------------------------
+# Values, checked at the door
+
+
+def _number(kind: type, lowest: float, highest: float, unit: str = ""):
+    """An argparse type: a finite number of `kind` from `lowest` to `highest`."""
+    noun = "a whole number" if kind is int else "a number"
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value <= highest:  # false for nan too
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {lowest} to {highest}{unit}")
+        return value
+
+    return read
+
+
+_steps = _number(int, 1, 1000)
+_seed = _number(int, 0, 2**63 - 1)
+
+
+# ---------------------------------------------------------------------------
+# The parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error instead of a usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see: {self.prog} --help)")
+
+
+def _add(commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--scale", default="tiny", metavar="{tiny,small,paper}", help="size of every model (default: tiny)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="start of all random numbers (default: 0)")
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", choices=PICTURE_STAGES, default="base", help="which student draws (default: base)")
+    parser.add_argument("--steps", type=_steps, default=28, metavar="N", help="sampling steps, 1 to 1000 (default: 28)")
+    parser.add_argument("--guidance", type=_number(float, 0, 30), default=4.0, metavar="G",
+                        help="how strongly the prompt pulls, 0 to 30; 1 is no guidance (default: 4)")
+
+
+def _add_run(commands) -> None:
+    run = _add(commands, "run", "run the notebooks and keep the executed copies",
+               "  snapgen run\n"
+               "  snapgen run 03\n"
+               "  snapgen run 03_flow_matching -p TRAIN full --scale small")
+    run.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="name, number or file (default: the whole series)")
+    run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                     help="set a notebook's parameter; may be repeated")
+
+
+def _add_train(commands) -> None:
+    train = _add(commands, "train", "train one stage; the same run folder again resumes it",
+                 "  snapgen train base --minutes 30\n"
+                 "  snapgen train text --steps 2000 --run-dir runs/text --ship")
+    train.add_argument("stage", choices=TRAIN_STAGES, metavar="STAGE", help=", ".join(TRAIN_STAGES))
+    budget = train.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=_number(int, 1, 10**9), metavar="N",
+                        help="train until this step, resumed ones included (default: the stage's own)")
+    budget.add_argument("--minutes", type=_number(float, 0.01, 10**6), metavar="M", help="train for this long")
+    train.add_argument("--run-dir", type=Path, metavar="DIR",
+                       help="checkpoints and log (default: exports/runs/SCALE/STAGE)")
+    train.add_argument("--ship", action="store_true", help="put the final weights among the shipped checkpoints")
+
+
+def _add_generate(commands) -> None:
+    generate = _add(commands, "generate", "draw a picture from words",
+                    '  snapgen generate "a red car left of a dog" --out car.png\n'
+                    '  snapgen generate "three green apples" --num 4 --seed 7 --steps 8')
+    generate.add_argument("prompt", metavar="PROMPT", help="what to draw, in English")
+    generate.add_argument("--out", type=Path, default=Path("snapgen.png"), metavar="FILE.png",
+                          help="where to put it; replaces what is there (default: snapgen.png)")
+    generate.add_argument("--num", type=_number(int, 1, 64), default=1, metavar="K",
+                          help="draw K pictures, 1 to 64, with seeds S, S+1, ..., as FILE-1.png, FILE-2.png, ...")
+    generate.add_argument("--checkpoint", type=Path, metavar="FOLDER",
+                          help="draw with a student saved here in place of the shipped one")
+    _add_sampling(generate)
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = _add(commands, "evaluate", "score a student with SceneEval",
+                    "  snapgen evaluate\n"
+                    "  snapgen evaluate --steps 8 --json exports/results/base-8-steps.json")
+    evaluate.add_argument("--images", type=_number(int, 2, 10**5), default=20, metavar="N",
+                          help="pictures for each of the six tasks, and half as many for each of the four held-out "
+                               "ones; at least 2 (default: 20)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    _add_sampling(evaluate)
+
+
+def _add_prepare(commands) -> None:
+    prepare = _add(commands, "prepare", "compute the training scenes' latents and text embeddings ahead of training",
+                   "  snapgen prepare\n"
+                   "  snapgen prepare --images 8192")
+    prepare.add_argument("--images", type=_number(int, 1, 10**9), metavar="N",
+                         help="the first N scenes (default: all that stage base trains on)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="snapgen",
+        description="SnapGen: a small text-to-image model, to read, train and run.",
+        epilog='start with:\n  snapgen run\n  snapgen generate "a red car left of a dog" --out car.png',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_run, _add_train, _add_generate, _add_evaluate, _add_prepare):
+        add(commands)
+    _add(commands, "doctor", "check this machine and installation, and say what to do", "  snapgen doctor")
+    return parser
+
+
+# ---------------------------------------------------------------------------
+# Dispatch
+
+
+def _call(args: argparse.Namespace) -> int:
+    from .scales import get_scale
+
+    get_scale(args.scale)  # raises UserError, naming the choices
+    if args.command == "run":
+        from .commands.run import run as command
+    elif args.command == "train":
+        from .commands.train import train as command
+    elif args.command == "generate":
+        from .commands.generate import generate as command
+    elif args.command == "evaluate":
+        from .commands.evaluate import evaluate as command
+    elif args.command == "prepare":
+        from .commands.prepare import prepare as command
+    else:
+        from .commands.doctor import doctor as command
+    return command(args)
+
+
+def _one_line(message: str) -> str:
+    """`message` on a single line, shortened in the middle where it is long, control characters spelt out."""
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(line) > LONGEST_LINE:
+        line = line[: LONGEST_LINE // 2] + " ... " + line[-LONGEST_LINE // 2 :]
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code. `argv` defaults to the process's arguments."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
+    cap_threads()
+    try:
+        return _call(build_parser().parse_args(argv))
+    except UserError as error:
+        print(f"snapgen: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("snapgen_core"):
+            raise
+        print(f"snapgen: the package {error.name} is missing (see: snapgen doctor)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"snapgen: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader left, as in `snapgen doctor | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""`snapgen evaluate`: SceneEval of a student, as a table and as JSON."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ..files import git_commit, now, write_json
+from .common import check_output, quiet_libraries
+
+
+def rows(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(name, value) of every figure; a score with an interval is one row: 0.61 [0.52, 0.70] n=120."""
+    for name, value in figures.items():
+        label = f"{prefix}{name}"
+        if isinstance(value, dict) and {"score", "low", "high"} <= value.keys():
+            count = f" n={value['n']}" if "n" in value else ""
+            yield label, f"{value['score']:.2f} [{value['low']:.2f}, {value['high']:.2f}]{count}"
+        elif isinstance(value, dict):
+            yield from rows(value, f"{label}.")
+        else:
+            yield label, f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Draw, judge, print the table and write it if asked."""
+    if args.json:
+        check_output(args.json, ".json")
+    quiet_libraries(args.scale)
+
+    from .. import evaluate as scoring
+
+    figures = scoring.evaluate_stage(args.scale, args.stage, args.images, args.seed, args.steps, args.guidance)
+    table = list(rows(figures))
+    width = max(len(name) for name, _ in table)
+    for name, value in table:
+        print(f"{name:<{width}}  {value}")
+    if args.json:
+        command = shlex.join(["snapgen", *sys.argv[1:]])
+        write_json(args.json, {"command": command, "commit": git_commit(), "date": now(), **figures})
+    return 0

@@ -1,0 +1,90 @@
+"""`snapgen generate`: pictures from words."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import atomic_write
+from .common import check_output, note, quiet_libraries, reason
+
+SHOWN_OF_A_PROMPT = 60
+
+
+def check_prompt(prompt: str) -> str:
+    """The prompt without outer blanks. Raises UserError where nothing is left or it is not text."""
+    prompt = prompt.strip()
+    if not prompt:
+        raise UserError('the prompt is empty: say what to draw, for example "a red car left of a dog"')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes in the command line that are no UTF-8
+        raise UserError("the prompt is not valid UTF-8 text") from None
+    return prompt
+
+
+def output_names(out: Path, num: int) -> list[Path]:
+    """`out` itself for one picture, FILE-1.png, FILE-2.png, ... for several; each checked to be writable."""
+    names = [out] if num == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(num)]
+    return [check_output(name, ".png") for name in names]
+
+
+def check_student(pipe: Any, folder: Path | None) -> None:
+    """A student given by the user may be sound and yet belong to other encoders. Raises UserError if so."""
+    student, text, latent = pipe.unet.config, pipe.text.shape.widths[2], pipe.vae.config.latent_channels
+    if (student.context_dim, student.in_channels, student.out_channels) != (text, latent, latent):
+        raise UserError(
+            f"the student in {folder} reads {student.context_dim} text and {student.in_channels} latent channels; "
+            f"the encoders of this scale give {text} and {latent}"
+        )
+
+
+def save_png(image: Any, path: Path, facts: dict[str, Any]) -> None:
+    """Write a PIL image with `facts` as PNG text, so that the picture tells how to draw it again."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, value in facts.items():
+        info.add_itxt(name, str(value))
+    try:
+        with atomic_write(path) as part:
+            image.save(part, format="PNG", pnginfo=info)
+    except OSError as error:  # the disk filled up while the picture was drawn
+        raise UserError(f"cannot write {str(path)!r}: {reason(error)}") from None
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Draw `args.num` pictures, each from its own seed, so that any of them can be drawn again alone."""
+    prompt = check_prompt(args.prompt)
+    names = output_names(args.out, args.num)
+    quiet_libraries(args.scale)
+
+    import torch
+    from tqdm import tqdm
+
+    from .. import load
+
+    pipe = load(args.scale, args.stage, args.checkpoint)
+    check_student(pipe, args.checkpoint)
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    unread = pipe.text.truncated(prompt)
+    if unread:
+        shown = unread if len(unread) <= SHOWN_OF_A_PROMPT else unread[:SHOWN_OF_A_PROMPT] + "..."
+        note(f"the prompt is longer than the text encoders read; its last {len(unread)} characters are cut: {shown!r}")
+
+    # disable=None: a bar on a terminal only
+    for i, name in enumerate(tqdm(names, desc="drawing", unit="picture", disable=None, leave=False)):
+        seed = args.seed + i
+        image = pipe(
+            prompt,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+        facts = {"prompt": prompt, "seed": seed, "steps": args.steps, "guidance": args.guidance}
+        save_png(image, name, {**facts, "stage": args.stage, "scale": args.scale, "software": "snapgen"})
+    seeds = f"seed {args.seed}" if args.num == 1 else f"seeds {args.seed} to {args.seed + args.num - 1}"
+    written = str(names[0]) if args.num == 1 else f"{args.num} pictures, {names[0]} to {names[-1].name}"
+    print(f"{written}: {image.width} px, {args.steps} steps, guidance {args.guidance:g}, {seeds}")
+    return 0

@@ -1,0 +1,34 @@
+"""`snapgen train`: one stage, in a folder that resumes it."""
+
+import argparse
+from pathlib import Path
+
+from ..errors import UserError
+from ..paths import runs_dir
+from .common import quiet_libraries, reason
+
+
+def check_run_dir(path: Path) -> Path:
+    """Create the run's folder. Raises UserError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot use {str(path)!r} as a run folder: {reason(error)}") from None
+    return path
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train `args.stage` for its budget and name the weights."""
+    run_dir = check_run_dir(args.run_dir or runs_dir() / args.scale / args.stage)
+    quiet_libraries(args.scale)
+
+    from .. import train as loop
+    from ..stages import STAGES
+
+    stage = STAGES[args.stage](args.scale, args.seed)
+    weights = loop.train(stage, run_dir, steps=args.steps, minutes=args.minutes)
+    print(f"weights {weights}, log {run_dir / 'log.jsonl'}")
+    if args.ship:
+        folders = loop.ship(stage, run_dir)
+        print("shipped " + ", ".join(str(folder) for folder in folders))
+    return 0
