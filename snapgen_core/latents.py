@@ -14,14 +14,20 @@ from .scales import get_scale
 def load_autoencoder(scale: str, folder: Path | None = None) -> AutoencoderKL:
     """The scale's autoencoder, frozen, fp32: the one trained here (`tiny`), SD3's from the hub, or `folder`."""
     hub = get_scale(scale).hub
+    place = (hub, "vae") if folder is None and hub else (folder or checkpoint_dir(scale) / "autoencoder", "")
     try:
-        if folder is None and hub:
-            vae = AutoencoderKL.from_pretrained(hub, subfolder="vae", use_safetensors=True)
-        else:
-            vae = AutoencoderKL.from_pretrained(folder or checkpoint_dir(scale) / "autoencoder", use_safetensors=True)
+        vae, report = AutoencoderKL.from_pretrained(place[0], subfolder=place[1], use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
     except Exception as error:  # hub and safetensors raise many kinds: to the user they are all "cannot be loaded"
-        raise UserError(f"cannot load the autoencoder of scale {scale}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot load the autoencoder of scale {scale}: {str(error).strip().splitlines()[0]}") from None
+    check_loaded(report, place[0])
     return vae.float().eval().requires_grad_(False)
+
+
+def check_loaded(report: dict, place: object) -> None:
+    """Refuse weights that do not fit their model exactly; `report` is from_pretrained's loading info."""
+    strange = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if strange:
+        raise UserError(f"{place} holds weights of another model: {len(strange)} tensors do not fit, {strange[0]} first")
 
 
 @torch.no_grad()

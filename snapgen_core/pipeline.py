@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import flow
 from .errors import UserError
-from .latents import decode, load_autoencoder
+from .latents import check_loaded, decode, load_autoencoder
 from .paths import checkpoint_dir
 from .scales import get_scale
 from .text import ENCODERS, TextEncoders, load_text_encoders
@@ -166,7 +166,5 @@ def load_unet(folder: Path) -> SnapGenUNet:
         unet, report = SnapGenUNet.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
     except Exception as error:  # safetensors, json and diffusers raise many kinds
         raise UserError(f"cannot load the student in {folder}: {str(error).strip().splitlines()[0]}") from None
-    strange = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if strange:
-        raise UserError(f"{folder} is not a checkpoint of this student: {len(strange)} tensors do not fit, {strange[0]} first")
+    check_loaded(report, folder)
     return unet.float()

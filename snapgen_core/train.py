@@ -7,13 +7,13 @@ moments and the step number are the whole state, and a resumed run ends with the
 
 import json
 import math
-import shlex
+import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import torch
@@ -206,6 +206,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
 
     Raises:
         UserError: the folder holds another run, or the loss is no longer finite (the last checkpoint is kept).
+        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint of the step then in progress was written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
@@ -264,7 +265,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
                 checkpoint()
     checkpoint()
     if stopped:
-        raise UserError(f"stopped by signal {stopped[0]} after step {step}; the same command resumes from {run_dir}")
+        raise KeyboardInterrupt(f"stopped after step {step}; the same command resumes from {run_dir}")
     return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60)
 
 
@@ -295,7 +296,7 @@ def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, ste
             "stage": stage.name,
             "scale": stage.scale,
             "seed": stage.seed,
-            "command": shlex.join(["snapgen", *sys.argv[1:]]),
+            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}",
             "commit": git_commit(),
             "steps": step,
             "samples": step * stage.settings.batch_size,
@@ -315,15 +316,20 @@ def _device_name(device: torch.device) -> str:
 
 
 def ship(stage: Stage, run_dir: Path) -> list[Path]:
-    """Copy the finished run's weights with a card to data/checkpoints/<scale>; returns the folders written."""
+    """Put the finished run's weights, each folder with a card, into data/checkpoints/<scale>; returns the folders."""
     load_weights(stage.module, run_dir / "model.safetensors")
     stage.module.eval()
     result = json.loads((run_dir / "result.json").read_text())
-    folders = stage.save(checkpoint_dir(stage.scale))
-    for folder in folders:
-        with atomic_write(folder / "CARD.md") as temporary:
-            temporary.write_text(card(folder.name, result))
-    return folders
+    root = checkpoint_dir(stage.scale)
+    root.mkdir(parents=True, exist_ok=True)
+    shipped = []
+    with TemporaryDirectory(dir=root) as temporary:
+        for folder in stage.save(Path(temporary)):
+            (folder / "CARD.md").write_text(card(folder.name, result))
+            with atomic_folder(root / folder.name) as part:
+                shutil.copytree(folder, part, dirs_exist_ok=True)
+            shipped.append(root / folder.name)
+    return shipped
 
 
 def card(title: str, result: dict) -> str:

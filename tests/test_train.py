@@ -143,7 +143,7 @@ def test_termination_keeps_a_checkpoint(tmp_path):
         return draw(step, rank, world)
 
     stage.batch = batch
-    with pytest.raises(UserError, match="after step 13"):
+    with pytest.raises(KeyboardInterrupt, match="after step 13"):
         train(stage, tmp_path, progress=False)
     assert [p.name for p in loop._checkpoints(tmp_path)] == ["step-00000013"]
 
@@ -189,6 +189,19 @@ def test_ema_matches_the_recursion_by_hand():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert ema.state["weight"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_shipping_replaces_the_folder_and_writes_a_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "checkpoint_dir", lambda scale: tmp_path / "shipped" / scale)
+    stage = LineStage(steps=3)
+    train(stage, tmp_path / "run", progress=False)
+    stale = tmp_path / "shipped" / "tiny" / "line"
+    stale.mkdir(parents=True)
+    (stale / "old").touch()
+    assert loop.ship(stage, tmp_path / "run") == [stale]
+    assert [path.name for path in stale.iterdir()] == ["CARD.md"] and list(stale.parent.iterdir()) == [stale]
+    text = (stale / "CARD.md").read_text()
+    assert "snapgen train line --scale tiny --seed 0 --steps 3" in text and "| mse |" in text
 
 
 def test_old_checkpoints_are_dropped(tmp_path):

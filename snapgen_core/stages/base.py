@@ -56,8 +56,8 @@ class BaseStage:
     def __init__(self, scale: str, seed: int):
         self.scale, self.seed = scale, seed
         torch.manual_seed(seed)
-        self.module = BaseTraining(SnapGenUNet.from_preset(scale))
-        self.settings = TrainSettings(batch_size=64, learning_rate=5e-4, steps=60_000)
+        self.module = BaseTraining(SnapGenUNet.from_preset(scale)).to(memory_format=torch.channels_last)
+        self.settings = TrainSettings(batch_size=64, learning_rate=8e-4, steps=60_000)
 
     @cached_property
     def data(self) -> TrainingSet:
