@@ -36,7 +36,7 @@ run: $(STAMP) ## run the notebooks and draw the first pictures
 
 test: $(STAMP) ## run all tests, then every notebook against its committed outputs
 	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout 600
+	$(BIN)/python -m pytest notebooks --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 600
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

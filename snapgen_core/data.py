@@ -31,6 +31,15 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def scenes_fingerprint(seed: int, size: int) -> str:
+    """Short hash of the first scenes: a cache of scenes drawn by other rules is never mixed up with these."""
+    digest = hashlib.sha256()
+    for scene in (draw_scene(seed, index, size=size) for index in range(32)):
+        digest.update(scene.prompt.text.encode())
+        digest.update(scene.image.numpy())
+    return digest.hexdigest()[:16]
+
+
 class SceneLatents:
     """Training scenes 0 .. count-1 as latents, encoded once and kept as shards in `folder`.
 
@@ -40,7 +49,7 @@ class SceneLatents:
     """
 
     def __init__(self, vae: AutoencoderKL, folder: Path, count: int, seed: int, size: int, progress: bool = True):
-        folder = folder / f"scenes-{size}-seed{seed}-{fingerprint(vae)}"
+        folder = folder / f"scenes-{scenes_fingerprint(seed, size)}-{fingerprint(vae)}"
         shards = [folder / f"{start:08d}" for start in range(0, count, SHARD)]
         todo = [shard for shard in shards if not shard.exists()]
         for shard in tqdm(todo, desc="encoding scenes", unit="shard", disable=not (progress and todo)):

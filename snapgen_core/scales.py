@@ -106,7 +106,7 @@ _F = replace(_E, transformer_depth=(1, 2, 4), residual_blocks=(False, True, True
 _G = replace(_F, qk_norm=True, rope=True)
 
 UNET_PRESETS = {
-    # 7.6 M: in 16 bits the weights stay under 16 MB. Two stages, 8x8 and 4x4: a third would be 2x2, too coarse to place
+    # 7.7 M: in 16 bits the weights stay under 16 MB. Two stages, 8x8 and 4x4: a third would be 2x2, too coarse to place
     # anything.
     "tiny": UNetPreset(
         context_dim=384,

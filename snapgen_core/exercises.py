@@ -1,0 +1,247 @@
+"""Checkers of the notebooks' exercises: each says what is wrong with an answer and where to look, or that it is right."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import flow
+from .detector import Detection
+from .evaluate import judge, near_misses, true_detections
+from .scenes import COLOURS, Prompt, draw_scene
+from .text import fuse
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a checker found; true if the answer is right. A notebook shows it as one line."""
+
+    right: bool
+    message: str
+
+    def __bool__(self) -> bool:
+        return self.right
+
+    def __repr__(self) -> str:
+        return f"{'Right' if self.right else 'Not yet'}: {self.message}"
+
+
+_UNANSWERED = Verdict(False, "no answer so far. Replace the three dots and run the cell again.")
+
+
+def _wrong(message: str) -> Verdict:
+    return Verdict(False, message)
+
+
+def _right(message: str) -> Verdict:
+    return Verdict(True, message)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, atol=1e-4)
+
+
+def _call(answer: Callable, *arguments) -> tuple[object, Verdict | None]:
+    """(what `answer` returns, None), or (None, a verdict) where it is unfinished or fails."""
+    try:
+        value = answer(*arguments)
+    except Exception as error:  # a learner's function may fail in any way: that is a wrong answer, not a crash here
+        return None, _wrong(f"your function stopped with {type(error).__name__}: {error}")
+    return value, _UNANSWERED if value is None or value is ... else None
+
+
+# ------------------------------------------------------------------------------------------------- 03 flow matching
+
+
+def check_endpoints(answer: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Verdict:
+    """03, exercise 1: answer(x_t [B, D], v [B, D], sigma [B]) gives (x0, eps), both [B, D]."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 5, 3, generator=generator)
+    sigma = torch.linspace(0.1, 0.9, 5)
+    x_t, v = flow.interpolate(x0, eps, sigma), flow.velocity(x0, eps)
+    value, failed = _call(answer, x_t, v, sigma)
+    if failed is not None:
+        return failed
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, Tensor) for part in value)):
+        return _wrong("return two tensors, x0 and eps, in this order.")
+    if any(part is ... or part.shape != x0.shape for part in value):
+        return _wrong(f"both must have x_t's shape {list(x0.shape)}, yours have {[list(part.shape) for part in value]}. sigma is [B]: write sigma[:, None].")
+    first, second = value
+    if _close(first, eps) and _close(second, x0):
+        return _wrong("both are found, but x0 comes first.")
+    if not _close(first, x0):
+        if _close(first, x_t + sigma[:, None] * v):
+            return _wrong("x0: v points from the data to the noise, so against v you reach the data. Look at the sign.")
+        if _close(first, x_t - (1 - sigma[:, None]) * v):
+            return _wrong("x0: how far is it from x_t to the data? At sigma = 0 you are there already.")
+        return _wrong("x0 is not right. Walk from x_t at constant velocity v until the noise level is 0.")
+    if not _close(second, eps):
+        if _close(second, x_t + sigma[:, None] * v):
+            return _wrong("x0 is right. eps: the noise lies at sigma = 1. How far is that from where you stand?")
+        return _wrong("x0 is right, eps is not. It lies at the path's other end, at sigma = 1.")
+    return _right("one prediction, three readings. v, x0 and eps tell the same once x_t is known.")
+
+
+def check_share_above(answer: float) -> Verdict:
+    """03, exercise 2: which share of the training levels (logit-normal, shift 3) lies above 0.9?"""
+    if answer is None or answer is ...:
+        return _UNANSWERED
+    try:
+        value = float(answer)
+    except (TypeError, ValueError):
+        return _wrong("a number between 0 and 1, please.")
+
+    def tail(z: float) -> float:
+        return 0.5 * math.erfc(z / math.sqrt(2))
+
+    level, shift = math.log(0.9 / 0.1), math.log(3)
+    if not 0 <= value <= 1:
+        return _wrong("a share lies between 0 and 1.")
+    if abs(value - tail(level - shift)) < 0.004:
+        return _right("the shift moves the bell by log 3 in log-odds, so the question is how often a normal number exceeds log 9 - log 3.")
+    if abs(value - tail(level)) < 0.004:
+        return _wrong("that is the share without the shift. Which u becomes 0.9?")
+    if abs(value - tail(level + shift)) < 0.002:
+        return _wrong("you moved the bell the wrong way: the shift makes levels noisier, not cleaner.")
+    if abs(value - (1 - tail(level - shift))) < 0.004:
+        return _wrong("that is the share below 0.9.")
+    if abs(value - 0.25) < 0.004:
+        return _wrong("that would be so for u drawn evenly from 0 to 1. Here logit(u) is a normal number.")
+    return _wrong("not this. Which u does the shift turn into 0.9, and how often does a normal number exceed logit(u)?")
+
+
+def check_heun(answer: Callable[[Callable, Tensor, Tensor], Tensor]) -> Verdict:
+    """03, exercise 3: answer(model, noise, sigmas) is Heun's second-order sampler; model(x, sigma) is a velocity."""
+    target, noise = torch.tensor([[1.0], [-2.0]], dtype=torch.float64), torch.tensor([[0.5], [1.5]], dtype=torch.float64)
+    value, failed = _call(answer, lambda x, sigma: noise - target, noise, flow.inference_sigmas(3).double())
+    if failed is not None:
+        return failed
+    if not isinstance(value, Tensor) or value.shape != noise.shape:
+        return _wrong(f"return the sample, a tensor of the noise's shape {list(noise.shape)}.")
+    if not torch.allclose(value, target, atol=1e-6):
+        return _wrong("on a straight path, where v is constant, one must land on the data exactly; yours does not. Does the step average the two velocities (half of their sum), and does it go all the way to the last sigma?")
+
+    calls = []
+
+    def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
+        """The exact velocity of data N(2, 0.5^2)."""
+        calls.append(float(sigma))
+        variance = (1 - sigma) ** 2 * 0.25 + sigma**2
+        return -2 + (sigma - (1 - sigma) * 0.25) / variance * (x - (1 - sigma) * 2)
+
+    start = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    exact = 2 + 0.5 * start  # where the exact flow carries each point
+    errors = []
+    for steps in (32, 64):
+        calls.clear()
+        sample, failed = _call(answer, gaussian, start, flow.inference_sigmas(steps, shift=1.0).double())
+        if failed is not None:
+            return failed
+        errors.append((sample - exact).abs().mean().item())
+    if errors[1] > 2e-3:
+        hint = "is the second velocity taken at the Euler point, with sigma_next?" if len(calls) > 64 else "that is as far off as Euler. Heun asks the model twice a step."
+        return _wrong(f"it works on straight paths, but on curved ones the error is still large: {hint}")
+    if errors[0] / errors[1] < 3.2:
+        return _wrong("twice as many steps should leave about a quarter of the error; yours falls more slowly. Is the second velocity taken at the Euler point with sigma_next, and does the final step start from x again, not from the Euler point?")
+    if len(calls) > 128:
+        return _wrong(f"right in its numbers, but it asked the model {len(calls)} times in 64 steps; two times a step are enough.")
+    return _right("second order: twice the steps, a quarter of the error, at two model calls a step.")
+
+
+# ------------------------------------------------------------------------------------------------- 00 start here
+
+
+def check_numbers(answer: Callable[[int], tuple[int, int]]) -> Verdict:
+    """00, exercise 1: answer(image_size) counts the numbers in a square picture and in its latent (f = 8, 16 channels)."""
+    for size in (64, 256, 1024):
+        value, failed = _call(answer, size)
+        if failed is not None:
+            return failed
+        if not isinstance(value, tuple) or len(value) != 2 or ... in value:
+            return _wrong("return two numbers: those in the picture, then those in the latent.")
+        picture, latent = value
+        if picture != 3 * size**2:
+            hint = " Every pixel has three colours." if picture == size**2 else " Height times width times colours."
+            return _wrong(f"a picture of {size} x {size} pixels does not hold {picture} numbers.{hint}")
+        if latent != 16 * (size // 8) ** 2:
+            hints = {
+                (size // 8) ** 2: " Each position of the latent has sixteen channels.",
+                16 * size**2: " The latent has fewer positions than the picture has pixels.",
+                16 * size**2 // 8: " The factor 8 holds for the height and for the width.",
+                3 * (size // 8) ** 2: " The latent's channels are not the three colours: look at the shape printed above.",
+            }
+            return _wrong(f"the latent of a picture of {size} pixels does not hold {latent} numbers.{hints.get(latent, '')}")
+    return _right("a latent is twelve times smaller than its picture, at every size. The denoiser never sees a pixel.")
+
+
+def check_fusion(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
+    """00, exercise 2: answer(clip_l [B, T, dl], clip_g [B, T, dg], lm [B, S, D]) is the fused context [B, T + S, D]."""
+    generator = torch.Generator().manual_seed(0)
+    for batch, tokens, lm_tokens, narrow, wide, width in ((2, 4, 6, 3, 5, 12), (1, 5, 5, 4, 4, 8), (3, 7, 2, 6, 2, 11)):
+        clip_l = torch.randn(batch, tokens, narrow, generator=generator)
+        clip_g = torch.randn(batch, tokens, wide, generator=generator)
+        lm = torch.randn(batch, lm_tokens, width, generator=generator)
+        value, failed = _call(answer, clip_l.clone(), clip_g.clone(), lm.clone())
+        if failed is not None:
+            return failed
+        expected = fuse(clip_l, clip_g, lm)
+        if not isinstance(value, Tensor) or value.shape != expected.shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            return _wrong(f"from {list(clip_l.shape)}, {list(clip_g.shape)} and {list(lm.shape)} comes {list(expected.shape)}, not {got}.")
+        if not torch.equal(value, expected):
+            return _wrong(_fusion_hint(value, clip_l, clip_g, lm))
+    return _right("the CLIPs share their tokens, the language model brings its own, and zeros fill the rest.")
+
+
+def _fusion_hint(value: Tensor, clip_l: Tensor, clip_g: Tensor, lm: Tensor) -> str:
+    """What is wrong with a context of the right shape."""
+    tokens, narrow, wide = clip_l.shape[1], clip_l.shape[2], clip_g.shape[2]
+    if torch.equal(value[:, : lm.shape[1]], lm):
+        return "the shape is right, but the language model's tokens come after the CLIPs'."
+    if not torch.equal(value[:, tokens:], lm):
+        return "the language model's part must arrive unchanged, below the CLIPs' tokens."
+    clip = value[:, :tokens]
+    if torch.equal(clip[..., :wide], clip_g):
+        return "the shape is right, but CLIP-L comes before CLIP-G."
+    if torch.equal(clip[..., -wide:], clip_g) and clip.shape[2] > narrow + wide:
+        return "the zeros come last, after the channels of both CLIPs."
+    if torch.equal(clip[..., : narrow + wide], torch.cat([clip_l, clip_g], dim=2)):
+        return "the CLIPs' channels are right; what fills the rest of the width must be zeros."
+    return "the language model's part is right, the CLIPs' part is not: CLIP-L's channels, then CLIP-G's, then zeros."
+
+
+def check_judge(answer: Callable[[Prompt, list[Detection]], bool]) -> Verdict:
+    """00, exercise 3: answer(prompt, detections) judges a picture by GenEval's rules, in all tasks but position."""
+    for task in ("single_object", "two_object", "counting", "colors", "color_attr"):
+        for index in range(8):
+            scene = draw_scene(11, index, "seen", task)
+            for label, prompt, detections in _judged_cases(scene.prompt, true_detections(scene), near_misses(scene)[:: 1 + index]):
+                value, failed = _call(answer, prompt, list(detections))
+                if failed is not None:
+                    return failed
+                if bool(value) != judge(prompt, detections):
+                    asked = " and ".join(" ".join(filter(None, (str(w.count), w.colour, w.name))) for w in prompt.wanted)
+                    seen = ", ".join(" ".join(filter(None, (d.colour, d.name, f"({d.score:.1f})"))) for d in detections) or "nothing"
+                    return _wrong(f"task {task}, asked for {asked}, found {seen}: you say {bool(value)}, the rules say {not value}. {label}")
+    return _right("your judge agrees with the library's on every case. Now you know what a SceneEval score means.")
+
+
+def _judged_cases(prompt: Prompt, truth: Sequence[Detection], wrong: Sequence[Prompt]) -> Iterator[tuple[str, Prompt, list[Detection]]]:
+    """(hint, prompt, detections) around one scene: its truth, and what a careless judge stumbles over."""
+    truth = list(truth)
+    yield "Everything asked for is there.", prompt, truth
+    yield "An empty picture shows nothing that was asked for.", prompt, []
+    yield "Below 0.3 nothing counts as found.", prompt, [replace(d, score=0.2) for d in truth]
+    yield "From 0.3 on an object is found; counting asks for more than 0.5.", prompt, [replace(d, score=0.4) for d in truth]
+    for other in wrong:
+        yield "Something else was asked for.", other, truth
+    first = truth[0]
+    colour = next(c for c in COLOURS if c not in {first.colour, *(w.colour for w in prompt.wanted)})
+    more = replace(first, colour=colour, score=0.6)
+    yield "One object more does harm in counting alone, and of each class the best-scored objects are asked for their colour.", prompt, [more, *truth]
+    yield "A faint object more (score 0.4) does no harm, in counting neither.", prompt, [replace(more, score=0.4), *truth]
+    if prompt.wanted[0].colour:
+        doubted = [replace(first, score=0.7), *truth[1:], replace(more, score=0.9)]
+        yield "The best-scored object of the class has another colour: it is the one that counts.", prompt, doubted
