@@ -96,6 +96,8 @@ def _add_train(commands) -> None:
     budget.add_argument("--minutes", type=_number(float, 0.01, 10**6), metavar="M", help="train for this long")
     train.add_argument("--run-dir", type=Path, metavar="DIR",
                        help="checkpoints and log (default: exports/runs/SCALE/STAGE)")
+    train.add_argument("--warm-start", action="store_true",
+                       help="begin with the shipped weights (a run that resumes goes on with its own)")
     train.add_argument("--ship", action="store_true", help="put the final weights among the shipped checkpoints")
 
 
@@ -197,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"snapgen: the package {error.name} is missing (see: snapgen doctor)", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"snapgen: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"snapgen: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader left, as in `snapgen doctor | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -62,6 +62,9 @@ class Stage(Protocol):
     def save(self, root: Path) -> list[Path]:
         """Write the shipped layout below `root` and return the folders written."""
 
+    def load(self, root: Path) -> None:
+        """The inverse of `save`, for a warm start. Raises UserError where the shipped weights are not all of them."""
+
 
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     """The generator of everything random in one step."""
@@ -195,7 +198,7 @@ def _stop_signals():
             signal.signal(number, handler)
 
 
-def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float | None = None, save_every: float = 120.0, workers: int = 0, progress: bool = True) -> Path:
+def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float | None = None, save_every: float = 120.0, workers: int = 0, progress: bool = True, warm_start: bool = False) -> Path:
     """Train `stage` in `run_dir`, resuming what is there, and return the path of the final EMA weights.
 
     Args:
@@ -203,6 +206,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         minutes: stop after this time in this call, whatever the step.
         save_every: seconds between checkpoints.
         workers: processes that prepare batches ahead (0: none, right for two cores).
+        warm_start: begin with the shipped weights and a fresh optimiser; a run that resumes ignores it.
 
     Raises:
         UserError: the folder holds another run, or the loss is no longer finite (the last checkpoint is kept).
@@ -214,17 +218,18 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     identity = {"stage": stage.name, "scale": stage.scale, "seed": stage.seed, "world": accelerator.num_processes}
     total = steps if steps is not None else (10**9 if minutes is not None else settings.steps)
 
+    resumed = load_checkpoint(run_dir, identity)
+    origin = _load_shipped(stage) if warm_start and not resumed else None
     bare.to(accelerator.device).train()
     optimizer = torch.optim.AdamW((p for p in bare.parameters() if p.requires_grad), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     ema = Ema(bare, settings.ema_decay)
     start, trained_minutes = 0, 0.0
-    resumed = load_checkpoint(run_dir, identity)
     if resumed:
         tensors, facts = resumed
         bare.load_state_dict(_without_prefix("model.", tensors))
         ema.state = {name: tensor.to(accelerator.device) for name, tensor in _without_prefix("ema.", tensors).items()}
         _restore_optimizer(optimizer, bare, tensors)
-        start, trained_minutes = facts["step"], facts["minutes"]
+        start, trained_minutes, origin = facts["step"], facts["minutes"], facts["origin"]
     _trim_log(run_dir / "log.jsonl", start)
 
     module, optimizer = accelerator.prepare(bare, optimizer)
@@ -235,7 +240,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     def checkpoint() -> None:
         nonlocal saved
         if accelerator.is_main_process:
-            facts = {"identity": identity, "minutes": trained_minutes + (time.monotonic() - began) / 60, "settings": asdict(settings)}
+            facts = {"identity": identity, "minutes": trained_minutes + (time.monotonic() - began) / 60, "settings": asdict(settings), "origin": origin}
             save_checkpoint(run_dir, step, bare, ema, optimizer.optimizer, facts)
         saved = time.monotonic()
 
@@ -266,7 +271,14 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     checkpoint()
     if stopped:
         raise KeyboardInterrupt(f"stopped after step {step}; the same command resumes from {run_dir}")
-    return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60)
+    return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60, origin)
+
+
+def _load_shipped(stage: Stage) -> dict:
+    """Load the shipped weights into `stage`; returns how they were made."""
+    root = checkpoint_dir(stage.scale)
+    stage.load(root)
+    return json.loads((root / stage.name / "training.json").read_text())
 
 
 def _trim_log(path: Path, step: int) -> None:
@@ -284,7 +296,7 @@ def _trim_log(path: Path, step: int) -> None:
         temporary.write_text("".join(line + "\n" for line in kept))
 
 
-def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float) -> Path:
+def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float, origin: dict | None) -> Path:
     """Put the EMA weights into the module, write them as DIR/model.safetensors, score them into DIR/result.json."""
     path = run_dir / "model.safetensors"
     stage.module.load_state_dict(ema.state)
@@ -296,13 +308,14 @@ def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, ste
             "stage": stage.name,
             "scale": stage.scale,
             "seed": stage.seed,
-            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}",
+            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}" + (" --warm-start" if origin else ""),
             "commit": git_commit(),
             "steps": step,
             "samples": step * stage.settings.batch_size,
             "minutes": round(minutes, 1),
             "device": _device_name(accelerator.device),
             "scores": stage.score(),
+            "origin": origin,
         }
         write_json(run_dir / "result.json", result)
     accelerator.wait_for_everyone()
@@ -325,6 +338,7 @@ def ship(stage: Stage, run_dir: Path) -> list[Path]:
     shipped = []
     with TemporaryDirectory(dir=root) as temporary:
         for folder in stage.save(Path(temporary)):
+            write_json(folder / "training.json", result)
             (folder / "CARD.md").write_text(card(folder.name, result))
             with atomic_folder(root / folder.name) as part:
                 shutil.copytree(folder, part, dirs_exist_ok=True)
@@ -333,8 +347,12 @@ def ship(stage: Stage, run_dir: Path) -> list[Path]:
 
 
 def card(title: str, result: dict) -> str:
-    """A checkpoint's card: how it was made and what it scores."""
-    facts = {key: result[key] for key in ("command", "commit", "seed", "steps", "samples", "minutes", "device")}
-    lines = [f"# {title} ({result['scale']})", "", "| made by | |", "|---|---|", *(f"| {k} | `{v}` |" for k, v in facts.items())]
-    lines += ["", "| scores | |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in result["scores"].items()), ""]
+    """A checkpoint's card: how it was made and what it scores; `training.json` beside it says the same to programs."""
+    keys = ("command", "commit", "seed", "steps", "samples", "minutes", "device")
+    lines = [f"# {title} ({result['scale']})", "", "| made by | |", "|---|---|", *(f"| {key} | `{result[key]}` |" for key in keys)]
+    origin = result["origin"]
+    while origin:
+        lines.append(f"| before that | `{origin['command']}`, {origin['samples']} samples, {origin['minutes']} minutes, {origin['device']} |")
+        origin = origin["origin"]
+    lines += ["", "| scores | |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in result["scores"].items()), ""]
     return "\n".join(lines)

@@ -374,7 +374,7 @@ def test_counterparts_change_one_thing_and_stay_in_training():
         for wanted in other.wanted:
             assert wanted.colour is None or wanted.colour in other.text
         assert not any(f" an {c}" in f" {other.text}" for c in ("red", "blue")) and " a orange" not in other.text
-    assert set(found) == {"position", "color_attr", "colors", "counting"} and min(found.values()) > 20
+    assert set(found) == {"position", "color_attr", "colors", "counting", "mixed"} and min(found.values()) > 20
 
 
 def test_loss_falls_on_one_batch(stage, monkeypatch):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from snapgen_core import train as loop
@@ -48,8 +48,13 @@ class LineStage:
             return {"mse": self.module(**self.batch(10**6))[0].item()}
 
     def save(self, root):
-        (root / "line").mkdir(parents=True)
-        return [root / "line"]
+        folder = root / "line"
+        folder.mkdir(parents=True)
+        save_file(self.module.state_dict(), folder / "model.safetensors")
+        return [folder]
+
+    def load(self, root):
+        self.module.load_state_dict(load_file(root / "line" / "model.safetensors"))
 
 
 def test_trains_logs_and_scores(tmp_path):
@@ -79,7 +84,7 @@ sys.path.insert(0, sys.argv[2])
 from test_train import LatentStage
 from snapgen_core.train import train
 torch.set_num_threads(1)
-train(LatentStage(), Path(sys.argv[1]), steps=200, save_every=0.05, progress=False)
+train(LatentStage(), Path(sys.argv[1]), steps=200, save_every=0.3, progress=False)
 """
 
 
@@ -199,9 +204,23 @@ def test_shipping_replaces_the_folder_and_writes_a_card(tmp_path, monkeypatch):
     stale.mkdir(parents=True)
     (stale / "old").touch()
     assert loop.ship(stage, tmp_path / "run") == [stale]
-    assert [path.name for path in stale.iterdir()] == ["CARD.md"] and list(stale.parent.iterdir()) == [stale]
+    assert {path.name for path in stale.iterdir()} == {"CARD.md", "model.safetensors", "training.json"} and list(stale.parent.iterdir()) == [stale]
     text = (stale / "CARD.md").read_text()
     assert "snapgen train line --scale tiny --seed 0 --steps 3" in text and "| mse |" in text
+
+
+def test_warm_start_begins_with_the_shipped_weights_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "checkpoint_dir", lambda scale: tmp_path / "shipped" / scale)
+    train(LineStage(steps=200), tmp_path / "first", progress=False)
+    loop.ship(LineStage(), tmp_path / "first")
+    train(LineStage(seed=1), tmp_path / "cold", steps=1, progress=False)
+    train(LineStage(seed=1), tmp_path / "warm", steps=1, progress=False, warm_start=True)
+    cold, warm = (json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0]) for run in ("cold", "warm"))
+    assert warm["loss"] < 0.2 * cold["loss"]
+    train(LineStage(seed=1), tmp_path / "warm", steps=3, progress=False)  # resumed: the origin is remembered
+    result = json.loads((tmp_path / "warm" / "result.json").read_text())
+    assert result["command"].endswith("--steps 3 --warm-start") and result["origin"]["steps"] == 200
+    assert "| before that | `snapgen train line --scale tiny --seed 0 --steps 200`" in loop.card("line", result)
 
 
 def test_old_checkpoints_are_dropped(tmp_path):

@@ -26,7 +26,7 @@ def train(args: argparse.Namespace) -> int:
     from ..stages import STAGES
 
     stage = STAGES[args.stage](args.scale, args.seed)
-    weights = loop.train(stage, run_dir, steps=args.steps, minutes=args.minutes)
+    weights = loop.train(stage, run_dir, steps=args.steps, minutes=args.minutes, warm_start=args.warm_start)
     print(f"weights {weights}, log {run_dir / 'log.jsonl'}")
     if args.ship:
         folders = loop.ship(stage, run_dir)

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..latents import load_autoencoder
 from ..scales import get_scale
-from ..scenes import TRAIN_MIX, draw_images, draw_scene, plain_names, render
-from ..scenes import Prompt, Wanted
+from ..scenes import TRAIN_MIX, Prompt, Wanted, draw_images, draw_scene, plain_names, render
 from ..train import TrainSettings, step_generator
 
 # Single emoji of all kinds teach the autoencoder more shapes than the 32 classes of the scenes.
@@ -80,11 +81,12 @@ class AutoencoderStage:
         shipped.half().save_pretrained(folder)
         return [folder]
 
+    def load(self, root: Path) -> None:
+        self.module.vae.load_state_dict(load_autoencoder(self.scale, root / self.name).state_dict())
+
 
 def draw_unseen_sprites(seed: int, size: int, count: int = 128) -> Tensor:
     """Single emoji of the `val` split, [count, 3, size, size]."""
-    import numpy as np
-
     names = plain_names("val")
     rng = np.random.default_rng([9, seed])
     prompts = [Prompt(names[i % len(names)], "plain", (Wanted(names[i % len(names)]),)) for i in range(count)]

@@ -10,6 +10,7 @@ from .. import flow
 from ..data import SceneLatents
 from ..latents import load_autoencoder
 from ..paths import cache_dir
+from ..pipeline import load_unet
 from ..scales import get_scale
 from ..text import EmbeddingStore, drop_encoders, fuse, load_text_encoders
 from ..train import TrainSettings, step_generator
@@ -83,3 +84,6 @@ class BaseStage:
         shipped.load_state_dict(self.module.unet.state_dict())
         shipped.half().save_pretrained(folder)
         return [folder]
+
+    def load(self, root: Path) -> None:
+        self.module.unet.load_state_dict(load_unet(root / self.name).state_dict())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..detector import Detector, detection_loss
-from ..evaluate.truth import validate_detector
+from ..evaluate import load_detector, validate_detector
 from ..scales import get_scale
 from ..train import TrainSettings
 from .hard_scenes import draw_example, to_targets
@@ -53,3 +53,6 @@ class DetectorStage:
         shipped.load_state_dict(self.module.detector.state_dict())
         shipped.half().save_pretrained(folder)
         return [folder]
+
+    def load(self, root: Path) -> None:
+        self.module.detector.load_state_dict(load_detector(self.scale, root / self.name).state_dict())

@@ -291,6 +291,9 @@ class TextStage:
             folders.append(folder)
         return folders
 
+    def load(self, root: Path) -> None:
+        raise UserError("the text encoders cannot start warm: their image tower is not shipped")
+
 
 def draw_training_prompt(seed: int, index: int, rng: np.random.Generator) -> Prompt:
     """A prompt of the training split by the shares in MIX."""
