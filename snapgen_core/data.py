@@ -49,7 +49,7 @@ class SceneLatents:
     """
 
     def __init__(self, vae: AutoencoderKL, folder: Path, count: int, seed: int, size: int, progress: bool = True):
-        folder = folder / f"scenes-{scenes_fingerprint(seed, size)}-{fingerprint(vae)}"
+        folder = folder / f"scenes-{scenes_fingerprint(seed, size)}-{fingerprint(vae.encoder)}"
         shards = [folder / f"{start:08d}" for start in range(0, count, SHARD)]
         todo = [shard for shard in shards if not shard.exists()]
         for shard in tqdm(todo, desc="encoding scenes", unit="shard", disable=not (progress and todo)):

@@ -219,7 +219,9 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     total = steps if steps is not None else (10**9 if minutes is not None else settings.steps)
 
     resumed = load_checkpoint(run_dir, identity)
-    origin = _load_shipped(stage) if warm_start and not resumed else None
+    origin = resumed[1]["origin"] if resumed else _shipped_origin(stage) if warm_start else None
+    if origin:
+        stage.load(checkpoint_dir(stage.scale))  # also before a resume: a warm stage may keep parts of it frozen
     bare.to(accelerator.device).train()
     optimizer = torch.optim.AdamW((p for p in bare.parameters() if p.requires_grad), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     ema = Ema(bare, settings.ema_decay)
@@ -229,7 +231,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         bare.load_state_dict(_without_prefix("model.", tensors))
         ema.state = {name: tensor.to(accelerator.device) for name, tensor in _without_prefix("ema.", tensors).items()}
         _restore_optimizer(optimizer, bare, tensors)
-        start, trained_minutes, origin = facts["step"], facts["minutes"], facts["origin"]
+        start, trained_minutes = facts["step"], facts["minutes"]
     _trim_log(run_dir / "log.jsonl", start)
 
     module, optimizer = accelerator.prepare(bare, optimizer)
@@ -274,11 +276,13 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60, origin)
 
 
-def _load_shipped(stage: Stage) -> dict:
-    """Load the shipped weights into `stage`; returns how they were made."""
-    root = checkpoint_dir(stage.scale)
-    stage.load(root)
-    return json.loads((root / stage.name / "training.json").read_text())
+def _shipped_origin(stage: Stage) -> dict:
+    """How the shipped weights were made."""
+    path = checkpoint_dir(stage.scale) / stage.name / "training.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"nothing to start warm from: no readable {path}") from None
 
 
 def _trim_log(path: Path, step: int) -> None:
@@ -330,11 +334,13 @@ def _device_name(device: torch.device) -> str:
 
 def ship(stage: Stage, run_dir: Path) -> list[Path]:
     """Put the finished run's weights, each folder with a card, into data/checkpoints/<scale>; returns the folders."""
-    load_weights(stage.module, run_dir / "model.safetensors")
-    stage.module.eval()
     result = json.loads((run_dir / "result.json").read_text())
     root = checkpoint_dir(stage.scale)
     root.mkdir(parents=True, exist_ok=True)
+    if result["origin"]:
+        stage.load(root)
+    load_weights(stage.module, run_dir / "model.safetensors")
+    stage.module.eval()
     shipped = []
     with TemporaryDirectory(dir=root) as temporary:
         for folder in stage.save(Path(temporary)):

@@ -54,6 +54,7 @@ class LineStage:
         return [folder]
 
     def load(self, root):
+        self.loaded = True
         self.module.load_state_dict(load_file(root / "line" / "model.safetensors"))
 
 
@@ -217,10 +218,18 @@ def test_warm_start_begins_with_the_shipped_weights_and_says_so(tmp_path, monkey
     train(LineStage(seed=1), tmp_path / "warm", steps=1, progress=False, warm_start=True)
     cold, warm = (json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0]) for run in ("cold", "warm"))
     assert warm["loss"] < 0.2 * cold["loss"]
-    train(LineStage(seed=1), tmp_path / "warm", steps=3, progress=False)  # resumed: the origin is remembered
+    resumed = LineStage(seed=1)
+    train(resumed, tmp_path / "warm", steps=3, progress=False)  # the origin is remembered, and what `load` freezes
+    assert resumed.loaded
     result = json.loads((tmp_path / "warm" / "result.json").read_text())
     assert result["command"].endswith("--steps 3 --warm-start") and result["origin"]["steps"] == 200
     assert "| before that | `snapgen train line --scale tiny --seed 0 --steps 200`" in loop.card("line", result)
+
+
+def test_warm_start_needs_shipped_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "checkpoint_dir", lambda scale: tmp_path)
+    with pytest.raises(UserError, match="nothing to start warm from"):
+        train(LineStage(), tmp_path / "run", warm_start=True, progress=False)
 
 
 def test_old_checkpoints_are_dropped(tmp_path):

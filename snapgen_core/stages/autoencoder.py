@@ -15,21 +15,25 @@ from ..train import TrainSettings, step_generator
 
 # Single emoji of all kinds teach the autoencoder more shapes than the 32 classes of the scenes.
 MIX = {**TRAIN_MIX, "plain": 0.3}
+MAX_LEVEL = 0.5  # the strongest noise on latents, in units of their standard deviation
 
 
 class AutoencoderTraining(nn.Module):
-    """forward(image [B,3,S,S], noise [B,16,S/8,S/8]) -> (L1 + 4 MSE + 1e-4 KL, figures).
+    """forward(image [B,3,S,S], noise [B,16,S/8,S/8], level [B]) -> (L1 + 4 MSE + 1e-4 KL, figures).
 
-    L1 keeps edges sharp, MSE is what PSNR measures; the faint KL keeps the latent smooth enough to be denoised.
+    L1 keeps edges sharp, MSE is what PSNR measures. The KL term alone leaves a posterior of about 1% of the latent's
+    spread, and a decoder that takes every latent literally. A small student errs by far more than that, so the decoder
+    learns to read latents with noise of `level` times their standard deviation.
     """
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
 
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, image: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         posterior = self.vae.encode(image).latent_dist
-        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        spread = posterior.mean.detach().std()
+        decoded = self.vae.decode(posterior.mean + (posterior.std + spread * level[:, None, None, None]) * noise).sample
         l1 = (decoded - image).abs().mean()
         mse = (decoded - image).square().mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
@@ -49,14 +53,17 @@ class AutoencoderStage:
         self.size = config.image_size
         torch.manual_seed(seed)
         self.module = AutoencoderTraining(AutoencoderKL(**config.autoencoder)).to(memory_format=torch.channels_last)
+        self.encoder_frozen = False
         self.settings = TrainSettings(batch_size=16, learning_rate=1.2e-3, betas=(0.9, 0.99), steps=6000)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         first = step * self.settings.batch_size
         indices = range(first + rank, first + self.settings.batch_size, world)
         image = draw_images(self.seed, indices, size=self.size, mix=MIX)
-        noise = torch.randn(len(image), 16, self.size // 8, self.size // 8, generator=step_generator(self.seed, step, rank))
-        return {"image": image.contiguous(memory_format=torch.channels_last), "noise": noise}
+        generator = step_generator(self.seed, step, rank)
+        noise = torch.randn(len(image), 16, self.size // 8, self.size // 8, generator=generator)
+        level = MAX_LEVEL * torch.rand(len(image), generator=generator)
+        return {"image": image.contiguous(memory_format=torch.channels_last), "noise": noise, "level": level}
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -71,10 +78,11 @@ class AutoencoderStage:
         """Ships the autoencoder in fp16, with the latent's shift and scale measured over 1,024 training scenes, so that
         z_in = (z - shift) * scale has mean 0 and standard deviation 1 (SD3's convention)."""
         vae = self.module.vae
-        device = next(vae.parameters()).device
-        chunks = [draw_images(self.seed, range(i, i + 64), size=self.size).to(device) for i in range(0, 1024, 64)]
-        latent = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
-        vae.register_to_config(shift_factor=latent.mean().item(), scaling_factor=1 / latent.std().item())
+        if not self.encoder_frozen:
+            device = next(vae.parameters()).device
+            chunks = [draw_images(self.seed, range(i, i + 64), size=self.size).to(device) for i in range(0, 1024, 64)]
+            latent = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
+            vae.register_to_config(shift_factor=latent.mean().item(), scaling_factor=1 / latent.std().item())
         folder = root / self.name
         shipped = AutoencoderKL.from_config(vae.config)
         shipped.load_state_dict(vae.state_dict())
@@ -82,7 +90,12 @@ class AutoencoderStage:
         return [folder]
 
     def load(self, root: Path) -> None:
-        self.module.vae.load_state_dict(load_autoencoder(self.scale, root / self.name).state_dict())
+        """A warm start trains the decoder alone: students and cached latents rely on the shipped encoder."""
+        shipped = load_autoencoder(self.scale, root / self.name)
+        self.module.vae.load_state_dict(shipped.state_dict())
+        self.module.vae.register_to_config(shift_factor=shipped.config.shift_factor, scaling_factor=shipped.config.scaling_factor)
+        self.module.vae.encoder.requires_grad_(False)
+        self.encoder_frozen = True
 
 
 def draw_unseen_sprites(seed: int, size: int, count: int = 128) -> Tensor:
