@@ -252,8 +252,9 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
                 group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
             with accelerator.autocast():
                 loss, figures = module(**{key: value.to(accelerator.device) for key, value in batch.items()})
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {step + 1}: training stopped; the last good checkpoint in {run_dir} is kept")
+            value = loss.item()  # once: on a GPU each read waits for the device
+            if not math.isfinite(value):
+                raise UserError(f"the loss is {value} at step {step + 1}: training stopped; the last good checkpoint in {run_dir} is kept")
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(module.parameters(), settings.clip_norm)
             optimizer.step()
@@ -262,10 +263,10 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
             ema.update(bare, step)
             seconds = time.monotonic() - began
             rate = (step - start) * settings.batch_size / max(seconds, 1e-9)
-            bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} samples/s")
+            bar.set_postfix_str(f"loss {value:.4f}, {rate:.0f} samples/s")
             bar.update()
             if accelerator.is_main_process:
-                append_jsonl(run_dir / "log.jsonl", {"step": step, "loss": loss.item(), **{k: float(v) for k, v in figures.items()}, "grad_norm": float(norm), "seconds": round(trained_minutes * 60 + seconds, 2)})
+                append_jsonl(run_dir / "log.jsonl", {"step": step, "loss": value, **{k: float(v) for k, v in figures.items()}, "grad_norm": float(norm), "seconds": round(trained_minutes * 60 + seconds, 2)})
             if stopped or (minutes is not None and seconds >= 60 * minutes):
                 break
             if time.monotonic() - saved >= save_every:

@@ -21,8 +21,8 @@ MAX_LEVEL = 0.5  # the strongest noise on latents, in units of their standard de
 class AutoencoderTraining(nn.Module):
     """forward(image [B,3,S,S], noise [B,16,S/8,S/8], level [B]) -> (L1 + 4 MSE + 1e-4 KL, figures).
 
-    L1 keeps edges sharp, MSE is what PSNR measures. The KL term alone leaves a posterior of about 1% of the latent's
-    spread, and a decoder that takes every latent literally. A small student errs by far more than that, so the decoder
+    L1 keeps edges sharp, MSE is what PSNR measures. The KL term alone leaves a posterior far narrower than the
+    latent's spread, and a decoder that takes every latent literally. A small student errs by more, so the decoder
     learns to read latents with noise of `level` times their standard deviation.
     """
 
