@@ -15,29 +15,20 @@ from tqdm.auto import tqdm
 
 from .errors import UserError
 from .files import atomic_folder
-from .latents import encode
+from .latents import encode, latents_digest
 from .scenes import draw_scene
 
 SHARD = 4096  # scenes in a shard of cached latents
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    """Short hash of a module's weights: caches made by other weights are never mixed up with it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def scenes_fingerprint(seed: int, size: int) -> str:
-    """Short hash of the first scenes: a cache of scenes drawn by other rules is never mixed up with these."""
-    digest = hashlib.sha256()
+def scenes_digest(seed: int, size: int) -> str:
+    """Hex digest of the first scenes: a cache of scenes drawn by other rules is never mixed up with these."""
+    total = hashlib.sha256()
     for scene in (draw_scene(seed, index, size=size) for index in range(32)):
-        digest.update(scene.prompt.text.encode())
-        digest.update(scene.image.numpy())
-    return digest.hexdigest()[:16]
+        total.update(scene.prompt.text.encode())
+        total.update(scene.image.numpy())
+    return total.hexdigest()
 
 
 class SceneLatents:
@@ -49,7 +40,7 @@ class SceneLatents:
     """
 
     def __init__(self, vae: AutoencoderKL, folder: Path, count: int, seed: int, size: int, progress: bool = True):
-        folder = folder / f"scenes-{scenes_fingerprint(seed, size)}-{fingerprint(vae.encoder)}"
+        folder = folder / f"scenes-{scenes_digest(seed, size)[:16]}-{latents_digest(vae)[:16]}"
         shards = [folder / f"{start:08d}" for start in range(0, count, SHARD)]
         todo = [shard for shard in shards if not shard.exists()]
         for shard in tqdm(todo, desc="encoding scenes", unit="shard", disable=not (progress and todo)):

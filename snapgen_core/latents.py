@@ -1,5 +1,6 @@
 """Images to latents and back, through a frozen autoencoder."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from .errors import UserError
 from .paths import checkpoint_dir
 from .scales import get_scale
+from .weights import check_loaded, weights_digest
 
 
 def load_autoencoder(scale: str, folder: Path | None = None) -> AutoencoderKL:
@@ -23,13 +25,6 @@ def load_autoencoder(scale: str, folder: Path | None = None) -> AutoencoderKL:
     return vae.float().eval().requires_grad_(False)
 
 
-def check_loaded(report: dict, place: object) -> None:
-    """Refuse weights that do not fit their model exactly; `report` is from_pretrained's loading info."""
-    strange = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if strange:
-        raise UserError(f"{place} holds weights of another model: {len(strange)} tensors do not fit, {strange[0]} first")
-
-
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Images [B,3,H,W] in [-1, 1] to normalised latents [B,16,H/8,W/8]: z_in = (z - shift) * scale."""
@@ -42,3 +37,8 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Normalised latents [B,16,h,w] to images [B,3,8h,8w] in [-1, 1]."""
     z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(z).sample.clamp(-1, 1)
+
+
+def latents_digest(vae: AutoencoderKL) -> str:
+    """Hex digest of all that decides `encode`'s result, and of nothing else: another decoder reads the same latents."""
+    return hashlib.sha256(f"{weights_digest(vae.encoder)} {vae.config.shift_factor} {vae.config.scaling_factor}".encode()).hexdigest()

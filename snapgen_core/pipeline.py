@@ -13,11 +13,12 @@ from torch import Tensor
 
 from . import flow
 from .errors import UserError
-from .latents import check_loaded, decode, load_autoencoder
+from .latents import decode, load_autoencoder
 from .paths import checkpoint_dir
 from .scales import get_scale
 from .text import ENCODERS, TextEncoders, load_text_encoders
 from .unet import SnapGenUNet
+from .weights import check_loaded
 
 STAGES = ("base",)  # what `load` offers; later chapters add kd and distilled
 

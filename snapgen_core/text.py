@@ -26,6 +26,7 @@ from .errors import UserError
 from .files import atomic_write
 from .paths import checkpoint_dir
 from .scales import Scale
+from .weights import weights_digest
 
 ENCODERS = ("clip_l", "clip_g", "lm")
 DROP_PROBABILITY = 0.464  # of each encoder; 0.464^3 = 10% of the samples are fully unconditional (Sec. 4)
@@ -182,15 +183,12 @@ class TextEncoders(nn.Module):
         spans = tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)["offset_mapping"]
         return max(end for _, end in spans)
 
-    def fingerprint(self) -> str:
+    def digest(self) -> str:
         """Hex digest of all that decides the features: weights, vocabularies and token counts."""
-        digest = hashlib.sha256(repr(self.shape).encode())
-        for name, tensor in self.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total = hashlib.sha256(f"{self.shape} {weights_digest(self)}".encode())
         for tokenizer in self.tokenizers.values():
-            digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-        return digest.hexdigest()
+            total.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        return total.hexdigest()
 
 
 def check_use(use: Iterable[str]) -> tuple[str, ...]:
@@ -283,14 +281,14 @@ def _from_pretrained(cls: Any, source: str, subfolder: str, **kwargs: Any) -> An
 class EmbeddingStore:
     """Features of captions, encoded once, kept on disk and in memory (fp16, padding left out).
 
-    On disk: `folder/text-<fingerprint>/*.safetensors`, so embeddings of other weights or token counts never mix. Every
+    On disk: `folder/text-<digest>/*.safetensors`, so embeddings of other weights or token counts never mix. Every
     shard holds `rows.<encoder>` [rows, d], `lengths` [3, captions] and, as metadata, the captions. In memory: one flat
     tensor of rows an encoder, where a caption is `lengths` rows from `starts` on; row 0 is the padding.
     """
 
     def __init__(self, encoders: TextEncoders, folder: Path):
         self.encoders, self.shape = encoders, encoders.shape
-        self.folder = Path(folder) / f"text-{encoders.fingerprint()[:16]}"
+        self.folder = Path(folder) / f"text-{encoders.digest()[:16]}"
         self.damaged = 0  # shards that could not be read
         self._places: dict[str, int] = {}  # caption -> column of _starts and _lengths
         self._rows = [torch.zeros(1, width, dtype=torch.float16) for width in self.shape.widths]

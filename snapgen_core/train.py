@@ -117,8 +117,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tens
         prefix = f"optimizer.{name}."
         state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
         if state:
-            on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
-            optimizer.state[parameter] = on_device
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
 
 
 def _with_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -223,7 +222,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     if origin:
         stage.load(checkpoint_dir(stage.scale))  # also before a resume: a warm stage may keep parts of it frozen
     bare.to(accelerator.device).train()
-    optimizer = torch.optim.AdamW((p for p in bare.parameters() if p.requires_grad), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW((p for p in bare.parameters() if p.requires_grad), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
     ema = Ema(bare, settings.ema_decay)
     start, trained_minutes = 0, 0.0
     if resumed:

@@ -12,6 +12,7 @@ from ..latents import load_autoencoder
 from ..scales import get_scale
 from ..scenes import TRAIN_MIX, Prompt, Wanted, draw_images, draw_scene, plain_names, render
 from ..train import TrainSettings, step_generator
+from ..weights import save_half
 
 # Single emoji of all kinds teach the autoencoder more shapes than the 32 classes of the scenes.
 MIX = {**TRAIN_MIX, "plain": 0.3}
@@ -83,11 +84,8 @@ class AutoencoderStage:
             chunks = [draw_images(self.seed, range(i, i + 64), size=self.size).to(device) for i in range(0, 1024, 64)]
             latent = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
             vae.register_to_config(shift_factor=latent.mean().item(), scaling_factor=1 / latent.std().item())
-        folder = root / self.name
-        shipped = AutoencoderKL.from_config(vae.config)
-        shipped.load_state_dict(vae.state_dict())
-        shipped.half().save_pretrained(folder)
-        return [folder]
+        save_half(vae, root / self.name)
+        return [root / self.name]
 
     def load(self, root: Path) -> None:
         """A warm start trains the decoder alone: students and cached latents rely on the shipped encoder."""

@@ -15,6 +15,7 @@ from ..scales import get_scale
 from ..text import EmbeddingStore, drop_encoders, fuse, load_text_encoders
 from ..train import TrainSettings, step_generator
 from ..unet import SnapGenUNet
+from ..weights import save_half
 
 SCENES = 65_536  # scenes in the cached training set; their text embeddings take about 1 GB of memory
 
@@ -79,11 +80,8 @@ class BaseStage:
         return evaluate_unet(self.scale, self.module.unet, images=50, seed=self.seed)
 
     def save(self, root: Path) -> list[Path]:
-        folder = root / self.name
-        shipped = SnapGenUNet.from_config(self.module.unet.config)
-        shipped.load_state_dict(self.module.unet.state_dict())
-        shipped.half().save_pretrained(folder)
-        return [folder]
+        save_half(self.module.unet, root / self.name)
+        return [root / self.name]
 
     def load(self, root: Path) -> None:
         self.module.unet.load_state_dict(load_unet(root / self.name).state_dict())

@@ -9,6 +9,7 @@ from ..detector import Detector, detection_loss
 from ..evaluate import load_detector, validate_detector
 from ..scales import get_scale
 from ..train import TrainSettings
+from ..weights import save_half
 from .hard_scenes import draw_example, to_targets
 
 
@@ -48,11 +49,8 @@ class DetectorStage:
         return {**sharp, **{f"blurred_{name}": value for name, value in blurred.items()}}
 
     def save(self, root: Path) -> list[Path]:
-        folder = root / self.name
-        shipped = Detector.from_config(self.module.detector.config)
-        shipped.load_state_dict(self.module.detector.state_dict())
-        shipped.half().save_pretrained(folder)
-        return [folder]
+        save_half(self.module.detector, root / self.name)
+        return [root / self.name]
 
     def load(self, root: Path) -> None:
         self.module.detector.load_state_dict(load_detector(self.scale, root / self.name).state_dict())

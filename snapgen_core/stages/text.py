@@ -6,6 +6,7 @@ the colours' order, the count): without it, the objects alone would tell all cap
 models would have no reason to read the rest.
 """
 
+import copy
 import json
 import math
 import re
@@ -26,6 +27,7 @@ from ..scales import get_scale
 from ..scenes import COLOURS, TASKS, TRAIN_MIX, Prompt, draw_prompt, emoji_table, is_held_out, render
 from ..text import until_end
 from ..train import TrainSettings
+from ..weights import save_half
 
 # Plain emoji, with their names and keywords, teach words that the 32 classes of the scenes do not have.
 MIX = {**TRAIN_MIX, "plain": 0.35}
@@ -282,11 +284,10 @@ class TextStage:
         """Ships both text models in fp16, their penultimate layers scaled to unit RMS, each with the tokenizer."""
         folders = []
         for name, text in self.module.texts.items():
-            shipped = CLIPTextModelWithProjection(text.config)
-            shipped.load_state_dict(text.state_dict())
+            shipped = copy.deepcopy(text)
             rescale_residual(shipped, 1 / self._penultimate_rms(name))
             folder = root / f"text_{name}"
-            shipped.half().save_pretrained(folder)
+            save_half(shipped, folder)
             save_tokenizer(self.tokenizer, folder)
             folders.append(folder)
         return folders
