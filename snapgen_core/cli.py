@@ -70,6 +70,8 @@ def _add(commands, name: str, summary: str, examples: str) -> argparse.ArgumentP
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=PICTURE_STAGES, default="base", help="which student draws (default: base)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER",
+                        help="a student in place of the shipped one, such as RUN_DIR/weights/base of a training")
     parser.add_argument("--steps", type=_steps, default=28, metavar="N", help="sampling steps, 1 to 1000 (default: 28)")
     parser.add_argument("--guidance", type=_number(float, 0, 30), default=4.0, metavar="G",
                         help="how strongly the prompt pulls, 0 to 30; 1 is no guidance (default: 4)")
@@ -110,8 +112,6 @@ def _add_generate(commands) -> None:
                           help="where to put it; replaces what is there (default: snapgen.png)")
     generate.add_argument("--num", type=_number(int, 1, 64), default=1, metavar="K",
                           help="draw K pictures, 1 to 64, with seeds S, S+1, ..., as FILE-1.png, FILE-2.png, ...")
-    generate.add_argument("--checkpoint", type=Path, metavar="FOLDER",
-                          help="draw with a student saved here in place of the shipped one")
     _add_sampling(generate)
 
 
@@ -131,7 +131,7 @@ def _add_prepare(commands) -> None:
                    "  snapgen prepare\n"
                    "  snapgen prepare --images 8192")
     prepare.add_argument("--images", type=_number(int, 1, 10**9), metavar="N",
-                         help="the first N scenes (default: all that stage base trains on)")
+                         help="the first N scenes, in steps of 4,096 (default: all that stage base trains on)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -189,7 +189,9 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
     cap_threads()
     try:
-        return _call(build_parser().parse_args(argv))
+        args = build_parser().parse_args(argv)
+        args.argv = sys.argv[1:] if argv is None else argv  # a result names the command that made it
+        return _call(args)
     except UserError as error:
         print(f"snapgen: {_one_line(str(error))}", file=sys.stderr)
         return 2

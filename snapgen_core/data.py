@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from .errors import UserError, reason
 from .files import atomic_folder
 from .latents import encode, latents_digest
 from .scenes import draw_scene
@@ -32,7 +33,7 @@ def scenes_digest(seed: int, size: int) -> str:
 
 
 class SceneLatents:
-    """Training scenes 0 .. count-1 as latents, encoded once and kept as shards in `folder`.
+    """Training scenes 0 .. count-1 as latents, encoded once and kept as shards in `folder` (2 kB a scene at `tiny`).
 
     Attributes:
         latents: fp16 [count, 16, h, w], normalised (mean 0, standard deviation 1).
@@ -42,23 +43,37 @@ class SceneLatents:
     def __init__(self, vae: AutoencoderKL, folder: Path, count: int, seed: int, size: int, progress: bool = True):
         folder = folder / f"scenes-{scenes_digest(seed, size)[:16]}-{latents_digest(vae)[:16]}"
         shards = [folder / f"{start:08d}" for start in range(0, count, SHARD)]
-        todo = [shard for shard in shards if not shard.exists()]
+        read = {shard: _read_shard(shard) for shard in shards}
+        todo = [shard for shard in shards if read[shard] is None]
         for shard in tqdm(todo, desc="encoding scenes", unit="shard", disable=not (progress and todo)):
-            _write_shard(vae, shard, seed, size)
-        self.latents = torch.cat([load_file(shard / "latents.safetensors")["latents"] for shard in shards])[:count]
-        self.captions = [caption for shard in shards for caption in json.loads((shard / "captions.json").read_text())][:count]
+            read[shard] = _write_shard(vae, shard, seed, size)
+        self.latents = torch.cat([latents for latents, _ in read.values()])[:count]
+        self.captions = [caption for _, captions in read.values() for caption in captions][:count]
 
 
-def _write_shard(vae: AutoencoderKL, shard: Path, seed: int, size: int, batch: int = 64) -> None:
+def _read_shard(shard: Path) -> tuple[Tensor, list[str]] | None:
+    """(latents, captions) of a shard, or None where it is missing or damaged."""
+    if not shard.exists():
+        return None
+    try:
+        return load_file(shard / "latents.safetensors")["latents"], json.loads((shard / "captions.json").read_text("utf-8"))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        warnings.warn(f"damaged latents in {shard} are computed again: {reason(error)}", stacklevel=3)
+        return None
+
+
+def _write_shard(vae: AutoencoderKL, shard: Path, seed: int, size: int, batch: int = 64) -> tuple[Tensor, list[str]]:
     first = int(shard.name)
     latents, captions = [], []
     for start in range(first, first + SHARD, batch):
         scenes = [draw_scene(seed, index, size=size) for index in range(start, start + batch)]
         latents.append(encode(vae, torch.stack([scene.image for scene in scenes])).half().cpu())
         captions += [scene.prompt.text for scene in scenes]
+    whole = torch.cat(latents).contiguous()
     with atomic_folder(shard) as temporary:
-        save_file({"latents": torch.cat(latents).contiguous()}, temporary / "latents.safetensors")
-        (temporary / "captions.json").write_text(json.dumps(captions))
+        save_file({"latents": whole}, temporary / "latents.safetensors")
+        (temporary / "captions.json").write_text(json.dumps(captions), "utf-8")
+    return whole, captions
 
 
 class ImageFolder(Dataset):
@@ -104,7 +119,7 @@ class ImageFolder(Dataset):
 def _load_square(path: Path, size: int) -> Tensor:
     """[3, size, size] in [-1, 1]; transparency is laid on white."""
     with Image.open(path) as file:
-        picture = file.convert("RGBA")
+        picture = ImageOps.exif_transpose(file).convert("RGBA")  # phones store a photo as the sensor lay
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     scale = size / min(picture.size)
     picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
@@ -119,7 +134,7 @@ def _described(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
         return {line["file_name"]: line["text"] for line in lines}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a list of {{file_name, text}} lines: {error}") from None
@@ -128,5 +143,5 @@ def _described(folder: Path) -> dict[str, str]:
 def _caption(path: Path) -> str:
     text = path.with_suffix(".txt")
     if text.exists():
-        return text.read_text(errors="replace").strip()
+        return text.read_text("utf-8", errors="replace").strip()
     return path.stem.replace("_", " ").replace("-", " ")

@@ -66,7 +66,7 @@ def check_endpoints(answer: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Ten
         return failed
     if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, Tensor) for part in value)):
         return _wrong("return two tensors, x0 and eps, in this order.")
-    if any(part is ... or part.shape != x0.shape for part in value):
+    if any(part.shape != x0.shape for part in value):
         return _wrong(f"both must have x_t's shape {list(x0.shape)}, yours have {[list(part.shape) for part in value]}. sigma is [B]: write sigma[:, None].")
     first, second = value
     if _close(first, eps) and _close(second, x0):

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-import textwrap
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, reason
 from .files import atomic_write
-from .paths import data_dir
+from .paths import data_dir, results_dir
 
 
 class Figure:
@@ -54,37 +54,77 @@ def _png(image) -> bytes:
     return buffer.getvalue()
 
 
-def image_grid(images: Sequence[Image.Image] | Tensor, captions: Sequence[str] = (), columns: int = 8, side: int = 128) -> Image.Image:
-    """Pictures (PIL, or a tensor [B, 3, H, W] in [-1, 1]) in rows, each `side` pixels, with its caption below."""
+def image_grid(images: Sequence[Image.Image] | Tensor, captions: Sequence[str] = (), columns: int = 8, side: int = 128, rows: Sequence[str] = ()) -> Image.Image:
+    """Pictures (PIL, or a tensor [B, 3, H, W] in [-1, 1]) row by row, each `side` pixels.
+
+    Args:
+        captions: a text for each picture, drawn below it; with `rows`, one for each column, drawn above it.
+        rows: a name for each row, drawn on its left.
+
+    Raises:
+        ValueError: not one caption for each picture (with `rows`: column), or not one name for each row.
+    """
     if isinstance(images, Tensor):
         from .pipeline import to_pil
 
         images = to_pil(images)
-    font = ImageFont.load_default(size=max(10, side // 11))
-    wrap = max(8, int(side / (0.52 * font.size)))
-    texts = [textwrap.wrap(caption, wrap)[:3] for caption in captions] or [[]] * len(images)
-    line = int(font.size * 1.25)
-    strip = max((len(t) for t in texts), default=0) * line + (4 if captions else 0)
-    gap = max(2, side // 24)
-    rows = -(-len(images) // columns)
     columns = min(columns, len(images))
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + strip + gap) + gap), "white")
+    lines = -(-len(images) // columns)
+    if rows and len(rows) != lines or captions and len(captions) != (columns if rows else len(images)):
+        raise ValueError(f"{len(images)} pictures in {columns} columns do not go with {len(captions)} captions and {len(rows)} row names")
+
+    font = ImageFont.load_default(size=max(10, side // 11))
+    leading = round(1.25 * font.size)
+    texts = [_wrap(caption, font, side) for caption in captions]
+    names = [_wrap(name, font, side) for name in rows]
+    strip = max(map(len, texts), default=0) * leading + 4 * bool(texts)  # for captions, once above or in every row
+    margin = max((int(font.getlength(line)) for name in names for line in name), default=0) + 8 * bool(names)
+    gap = max(2, side // 24)
+    top, pitch = (strip, side + gap) if rows else (0, side + strip + gap)
+    sheet = Image.new("RGB", (margin + columns * (side + gap) + gap, top + lines * pitch + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, text) in enumerate(zip(images, texts)):
-        x, y = gap + (i % columns) * (side + gap), gap + (i // columns) * (side + strip + gap)
-        sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (x, y))
+
+    def write(text: list[str], x: float, y: float, anchor: str) -> None:
         for k, words in enumerate(text):
-            draw.text((x + side / 2, y + side + 2 + k * line), words, fill="#222", font=font, anchor="ma")
+            draw.text((x, y + k * leading), words, fill="#222", font=font, anchor=anchor)
+
+    for i, picture in enumerate(images):
+        x, y = margin + gap + (i % columns) * (side + gap), top + gap + (i // columns) * pitch
+        sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        if texts and (i < columns or not rows):
+            text = texts[i]
+            write(text, x + side / 2, y - len(text) * leading - 2 if rows else y + side + 2, "ma")
+    for i, name in enumerate(names):
+        write(name, margin - 2, top + gap + i * pitch + (side - len(name) * leading) / 2, "ra")
     return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of whole words, each at most `width` pixels wide (a longer word has a line of its own)."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def published(table: str) -> dict:
     """A table of the papers, `data/published/<table>.yaml`."""
     path = data_dir() / "published" / f"{table}.yaml"
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
+
+
+def measured(name: str, scale: str) -> dict:
+    """A result in `exports/results`, written by the command that it names; empty where `scale` has none."""
+    path = results_dir() / f"{name}.json"
+    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return content if content.get("settings", content).get("scale") == scale else {}
 
 
 class Comparison:
@@ -95,14 +135,17 @@ class Comparison:
         self.rows: list[tuple[str, str, str, str]] = []
 
     def add(self, what: str, published: object, measured: object, remark: str = "") -> None:
-        self.rows.append((what, _figure(published), _figure(measured), remark))
+        """None is shown as a dash; a measured float with three significant digits, what is published as it is printed."""
+        if isinstance(measured, float):
+            measured = f"{measured:.3g}"
+        self.rows.append((what, *("–" if value is None else str(value) for value in (published, measured)), remark))
 
     def _header(self) -> tuple[str, str, str, str]:
         return ("", "published (paper scale)", f"measured ({self.scale})", "remark")
 
     def _repr_html_(self) -> str:
         def row(cells: Iterable[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+            return "<tr>" + "".join(f"<{tag} style='text-align:left;white-space:pre-wrap'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
         return "<table>" + row(self._header(), "th") + "".join(row(r, "td") for r in self.rows) + "</table>"
 
@@ -110,9 +153,3 @@ class Comparison:
         lines = [self._header(), *self.rows]
         widths = [max(len(r[i]) for r in lines) for i in range(4)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in lines)
-
-
-def _figure(value: object) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

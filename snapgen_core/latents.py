@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, reason
 from .paths import checkpoint_dir
 from .scales import get_scale
 from .weights import check_loaded, weights_digest
@@ -20,7 +20,7 @@ def load_autoencoder(scale: str, folder: Path | None = None) -> AutoencoderKL:
     try:
         vae, report = AutoencoderKL.from_pretrained(place[0], subfolder=place[1], use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
     except Exception as error:  # hub and safetensors raise many kinds: to the user they are all "cannot be loaded"
-        raise UserError(f"cannot load the autoencoder of scale {scale}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"cannot load the autoencoder of scale {scale}: {reason(error)}") from None
     check_loaded(report, place[0])
     return vae.float().eval().requires_grad_(False)
 

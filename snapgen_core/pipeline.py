@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import flow
-from .errors import UserError
+from .errors import UserError, reason
 from .latents import decode, load_autoencoder
 from .paths import checkpoint_dir
 from .scales import get_scale
@@ -20,7 +20,7 @@ from .text import ENCODERS, TextEncoders, load_text_encoders
 from .unet import SnapGenUNet
 from .weights import check_loaded
 
-STAGES = ("base",)  # what `load` offers; later chapters add kd and distilled
+PICTURE_STAGES = ("base",)  # what `load` offers; later chapters add kd and distilled
 
 
 @dataclass
@@ -33,12 +33,11 @@ class SnapGenPipelineOutput(BaseOutput):
 class SnapGenPipeline(DiffusionPipeline):
     """Text encoders, student UNet and decoder (Sec. 4, "Model Details").
 
-    The text encoders have SD3's component names; `clip_tokens` and `lm_tokens` are the lengths at which prompts are cut.
+    The text encoders have SD3's component names; `clip_tokens` and `lm_tokens` are the lengths at which prompts are cut;
+    `image_size` are the pixels that the student was trained for (SD3's autoencoder names its own).
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->vae"
-
-    def __init__(self, unet: SnapGenUNet, vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens: int = 77, lm_tokens: int = 77):
+    def __init__(self, unet: SnapGenUNet, vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens: int = 77, lm_tokens: int = 77, image_size: int = 1024):
         super().__init__()
         self.register_modules(
             unet=unet, vae=vae, scheduler=scheduler,
@@ -46,23 +45,29 @@ class SnapGenPipeline(DiffusionPipeline):
             text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
             text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
         )
-        self.register_to_config(clip_tokens=clip_tokens, lm_tokens=lm_tokens)
+        self.register_to_config(clip_tokens=clip_tokens, lm_tokens=lm_tokens, image_size=image_size)
         self.text = TextEncoders(text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens, lm_tokens)
+
+    @classmethod
+    def from_pretrained(cls, folder, **settings) -> "SnapGenPipeline":
+        """As diffusers', but from safetensors alone: the older formats can run code."""
+        return super().from_pretrained(folder, **{"use_safetensors": True, **settings})
 
     def sigmas(self, steps: int) -> Tensor:
         """Noise levels of a run with `steps` steps, [steps + 1]."""
         return flow.inference_sigmas(steps, self.scheduler.config.shift)
 
     def noise(self, count: int, generator: torch.Generator | list[torch.Generator] | None = None, size: int | None = None) -> Tensor:
-        """Starting noise [count, C, size/8, size/8], drawn on the CPU so that a seed means the same picture everywhere;
-        a list of generators gives every picture its own."""
-        side = (size or self.vae.config.sample_size) // 8
+        """Starting noise [count, C, size/8, size/8]. A list of generators gives every picture its own; with those of the
+        CPU a seed means the same picture everywhere."""
+        side = (size or self.config.image_size) // 8
         shape = (self.unet.config.in_channels, side, side)
         if isinstance(generator, list):
             if len(generator) != count:
                 raise ValueError(f"{len(generator)} generators for {count} pictures")
-            return torch.stack([torch.randn(shape, generator=g) for g in generator]).to(self.device)
-        return torch.randn(count, *shape, generator=generator).to(self.device)
+            return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generator]).to(self.device)
+        device = generator.device if generator is not None else "cpu"
+        return torch.randn(count, *shape, generator=generator, device=device).to(self.device)
 
     def velocity(self, context: Tensor, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
         """The (guided) velocity field v(x, sigma) of a context [B, L, D]. Guidance 1 needs one network call a step,
@@ -95,6 +100,9 @@ class SnapGenPipeline(DiffusionPipeline):
         """Draw `prompt` (one, or a list of them: one picture each).
 
         Args:
+            num_inference_steps: Euler steps (Eq. 3), at least 1.
+            guidance_scale: how strongly the prompt pulls; 1 is no guidance and half the work.
+            generator: of the starting noise; a list has one for each prompt.
             encoders: the text encoders to use, any subset of "clip_l", "clip_g", "lm" (Sec. 4).
             size: pixels, a multiple of 8 (default: what the model was trained for).
             latents: starting noise in place of the generator's, [B, C, size/8, size/8].
@@ -103,6 +111,7 @@ class SnapGenPipeline(DiffusionPipeline):
 
         Raises:
             UserError: an empty prompt or settings that cannot work.
+            ValueError: not one generator a prompt.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
@@ -135,13 +144,22 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def build(scale: str, unet: SnapGenUNet) -> SnapGenPipeline:
-    """A pipeline of the scale's autoencoder and text encoders around `unet`."""
+    """A pipeline of the scale's autoencoder and text encoders around `unet`.
+
+    Raises:
+        UserError: the student reads other text or latent channels than these give.
+    """
     config = get_scale(scale)
-    text = load_text_encoders(config)
+    text, student = load_text_encoders(config), unet.config
+    if (student.context_dim, student.in_channels, student.out_channels) != (config.context_dim, *2 * (config.latent_channels,)):
+        raise UserError(
+            f"the student reads {student.context_dim} text and {student.in_channels} latent channels; "
+            f"the encoders of scale {scale} give {config.context_dim} and {config.latent_channels}"
+        )
     pipe = SnapGenPipeline(
         unet.eval(), load_autoencoder(scale), FlowMatchEulerDiscreteScheduler(shift=config.shift),
         text.clip_l, text.tokenizers["clip_l"], text.clip_g, text.tokenizers["clip_g"], text.lm, text.tokenizers["lm"],
-        config.clip_tokens, config.lm_tokens,
+        config.clip_tokens, config.lm_tokens, config.image_size,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -154,18 +172,18 @@ def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None) -
         UserError: unknown names, or weights that are missing, truncated or of another model.
     """
     get_scale(scale)
-    if stage not in STAGES:
-        raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
+    if stage not in PICTURE_STAGES:
+        raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(PICTURE_STAGES)}")
     return build(scale, load_unet(folder or checkpoint_dir(scale) / stage))
 
 
 def load_unet(folder: Path) -> SnapGenUNet:
-    """A student saved with `save_pretrained`, in fp32."""
+    """A student saved with `save_pretrained`, in fp32. Raises UserError where there is none, or no sound one."""
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"no student in {folder}: train one with `snapgen train base` and --ship it")
+        raise UserError(f"no student in {folder}: train one with `snapgen train base` at its scale, and --ship it or name its folder RUN_DIR/weights/base")
     try:
         unet, report = SnapGenUNet.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
     except Exception as error:  # safetensors, json and diffusers raise many kinds
-        raise UserError(f"cannot load the student in {folder}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"cannot load the student in {folder}: {reason(error)}") from None
     check_loaded(report, folder)
     return unet.float()

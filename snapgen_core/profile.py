@@ -1,4 +1,7 @@
-"""What a network costs: parameters and multiply-accumulates."""
+"""What a network costs: parameters and multiply-accumulates; and what a run did: time and memory."""
+
+import sys
+import time
 
 import torch
 from torch import nn
@@ -28,3 +31,20 @@ def _attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None,
 
 # torch's counter knows the attention kernels of GPUs, and on meta tensors the plain products, but not this one.
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in GiB."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def cost(started: float) -> str:
+    """What was spent since `started` (`time.perf_counter()`), in a line for the end of a notebook."""
+    minutes = (time.perf_counter() - started) / 60
+    return f"this run took {minutes:.1f} minutes and at most {peak_memory():.1f} GB of memory, with {torch.get_num_threads()} threads"

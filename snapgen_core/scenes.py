@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from .errors import UserError
+from .errors import UserError, reason
 from .paths import data_dir
 
 # class name -> (emoji name, plural)
-_OBJECTS = {
+OBJECTS = {
     "dog": ("dog", "dogs"),
     "rabbit": ("rabbit", "rabbits"),
     "elephant": ("elephant", "elephants"),
@@ -67,9 +67,17 @@ _SHADES = {
 }
 _PASTELS = ((255, 255, 255), (246, 240, 228), (228, 240, 250), (230, 246, 232), (250, 232, 236), (236, 232, 248), (222, 226, 230), (252, 246, 214))
 
-CLASSES = tuple(_OBJECTS)
+CLASSES = tuple(OBJECTS)
 COLOURS = tuple(_SHADES)
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TASK_NAMES = {  # GenEval's tasks, and what we call them to readers
+    "single_object": "single object",
+    "two_object": "two objects",
+    "counting": "counting",
+    "colors": "colours",
+    "position": "position",
+    "color_attr": "colour attribution",
+}
+TASKS = tuple(TASK_NAMES)
 RELATIONS = ("left of", "right of", "above", "below")
 SPLITS = ("train", "seen", "held_out")
 HELD_OUT_TASKS = ("two_object", "colors", "position", "color_attr")  # the tasks that compose a pair
@@ -154,8 +162,12 @@ def choose_held_out(seed: int = 0) -> dict[str, list]:
 @lru_cache(maxsize=1)
 def held_out_pairs() -> tuple[frozenset, frozenset]:
     """(object-colour pairs as (name, colour), object-object pairs as frozensets of two names)."""
-    stored = json.loads((data_dir() / "emoji" / "held_out.json").read_text())
-    return frozenset(map(tuple, stored["object_colour"])), frozenset(map(frozenset, stored["object_object"]))
+    path = data_dir() / "emoji" / "held_out.json"
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        return frozenset(map(tuple, stored["object_colour"])), frozenset(map(frozenset, stored["object_object"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the held-out pairs in {path}: {reason(error)}") from None
 
 
 def is_held_out(wanted: tuple[Wanted, ...]) -> bool:
@@ -214,7 +226,7 @@ def _draw_prompt(rng: np.random.Generator, task: str, held_out: bool) -> Prompt:
     if task == "counting" or wanted[0].count > 1:
         (w,) = wanted
         number = _pick(rng, (_NUMBERS[w.count], _NUMBERS[w.count], str(w.count)))
-        text = " ".join(filter(None, (number, w.colour, w.name if w.count == 1 else _OBJECTS[w.name][1])))
+        text = " ".join(filter(None, (number, w.colour, w.name if w.count == 1 else OBJECTS[w.name][1])))
     elif task in ("position", "mixed"):
         relation = _pick(rng, RELATIONS)
         text = f"{_phrase(rng, wanted[0])} {_pick(rng, _RELATION_WORDS[relation])} {_phrase(rng, wanted[1])}"
@@ -260,7 +272,7 @@ def emoji_table() -> dict[str, dict]:
     try:
         return {row["name"]: row for row in pyarrow.parquet.read_table(path).to_pylist()}
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the emoji sprites in {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot read the emoji sprites in {path}: {reason(error)}") from None
 
 
 @lru_cache(maxsize=2)
@@ -272,7 +284,7 @@ def plain_names(split: str = "train") -> tuple[str, ...]:
 @lru_cache(maxsize=512)
 def _sprite(name: str) -> Image.Image:
     """RGBA sprite cropped to what is visible."""
-    emoji = _OBJECTS[name][0] if name in _OBJECTS else name
+    emoji = OBJECTS[name][0] if name in OBJECTS else name
     image = Image.open(io.BytesIO(emoji_table()[emoji]["image_webp"])).convert("RGBA")
     return image.crop(image.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox())
 
@@ -286,7 +298,7 @@ def recolour(rgb: np.ndarray, alpha: np.ndarray, colour: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=8192)
-def _premultiplied(name: str, colour: str | None, size: int) -> tuple[np.ndarray, np.ndarray]:
+def premultiplied(name: str, colour: str | None, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Sprite with its longer side `size` pixels: colour times alpha [h, w, 3] and alpha [h, w, 1], as uint8."""
     sprite = _sprite(name)
     scale = size / max(sprite.size)
@@ -298,7 +310,7 @@ def _premultiplied(name: str, colour: str | None, size: int) -> tuple[np.ndarray
     return (rgb * alpha + 0.5).astype(np.uint8), (alpha * 255 + 0.5).astype(np.uint8)
 
 
-def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+def background(rng: np.random.Generator, size: int) -> np.ndarray:
     """Plain or softly graded pastel, [size, size, 3] floats in 0..255."""
     first, second = (np.array(_pick(rng, _PASTELS), dtype=np.float32) for _ in range(2))
     if rng.random() < 0.5:
@@ -345,10 +357,10 @@ def _place(rng: np.random.Generator, wanted: tuple[Wanted, ...], relation: str |
 
 def render(rng: np.random.Generator, prompt: Prompt, size: int = 64) -> Scene:
     """Draw what `prompt` promises on a `size` x `size` picture."""
-    canvas = _background(rng, size)
+    canvas = background(rng, size)
     objects = []
     for wanted, side, x, y in _place(rng, prompt.wanted, prompt.relation, size):
-        colour, alpha = _premultiplied(wanted.name, wanted.colour, side)
+        colour, alpha = premultiplied(wanted.name, wanted.colour, side)
         height, width = alpha.shape[:2]
         left = int(np.clip(round(x - width / 2), 0, size - width))
         top = int(np.clip(round(y - height / 2), 0, size - height))

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from .errors import UserError, reason
 from .files import atomic_write
 from .paths import checkpoint_dir
 from .scales import Scale
@@ -216,14 +216,13 @@ def _readable(prompt: str) -> str:
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def load_text_encoders(scale: Scale, folder: Path | None = None, dtype: torch.dtype = torch.float32) -> TextEncoders:
+def load_text_encoders(scale: Scale, folder: Path | None = None) -> TextEncoders:
     """The text encoders of `scale` with pretrained weights.
 
     Args:
         folder: at tiny the checkpoints' root, which holds `text_l` and `text_g` (default: the shipped ones); at small
             and paper a pipeline's folder with `text_encoder`, `tokenizer`, ..., `tokenizer_3` (default: SD3.5's CLIPs
             and Gemma from the hub).
-        dtype: of the weights; features are fp32 whatever it is.
 
     Raises:
         UserError: something is missing or damaged.
@@ -233,7 +232,7 @@ def load_text_encoders(scale: Scale, folder: Path | None = None, dtype: torch.dt
     loaded = []
     for place, (source, sub_model, sub_tokenizer) in enumerate(_sources(scale, folder)):
         model_class, tokenizer_class = (AutoModel, AutoTokenizer) if place == 2 else (CLIPTextModelWithProjection, CLIPTokenizer)
-        model, report = _from_pretrained(model_class, source, sub_model, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, report = _from_pretrained(model_class, source, sub_model, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         absent = [*report["missing_keys"], *report["mismatched_keys"]]
         if absent:  # transformers would fill them with random numbers
             raise UserError(f"{source} holds weights of another text encoder: {len(absent)} tensors do not fit")
@@ -272,7 +271,7 @@ def _from_pretrained(cls: Any, source: str, subfolder: str, **kwargs: Any) -> An
     try:
         return cls.from_pretrained(source, subfolder=subfolder, **kwargs)
     except Exception as error:  # OSError, SafetensorError, and tokenizers raises bare Exception
-        raise UserError(f"cannot load {'/'.join(filter(None, (source, subfolder)))}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"cannot load {'/'.join(filter(None, (source, subfolder)))}: {reason(error)}") from None
 
 
 # ------------------------------------------------------------------------------------------------- store
@@ -357,7 +356,7 @@ class EmbeddingStore:
                 return json.loads(file.metadata()["captions"]), tensors
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             self.damaged += 1
-            warnings.warn(f"skipped damaged embeddings {path}: {str(error).splitlines()[0]}; their captions will be encoded again", stacklevel=3)
+            warnings.warn(f"skipped damaged embeddings {path}: {reason(error)}; their captions will be encoded again", stacklevel=3)
             return None
 
     def _append(self, shards: list[tuple[list[str], dict[str, Tensor]]]) -> None:

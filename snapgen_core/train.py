@@ -2,7 +2,8 @@
 
 The loop knows no stage. A stage brings a module whose forward returns its loss, and batches that are a pure function
 of (seed, step): all randomness (noise, timesteps, dropout of encoders) is drawn there. So weights, EMA, optimiser
-moments and the step number are the whole state, and a resumed run ends with the same bits as an uninterrupted one.
+moments and the step number are the whole state, and on a CPU a resumed run ends with the same bits as an
+uninterrupted one (many of a GPU's kernels do not add in a fixed order).
 """
 
 import json
@@ -13,7 +14,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import torch
@@ -21,18 +21,18 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from .errors import UserError, reason
 from .files import append_jsonl, atomic_folder, atomic_write, git_commit, write_json
 from .paths import checkpoint_dir
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What the loop needs to know. Defaults follow Supplement G, but for the learning rate, which is set per stage:
-    the paper's 5e-5 belongs to a total batch of 1024 and a long run."""
+    """What the loop needs to know. Betas and weight decay follow Supplement G. Ours are: the learning rate, set per stage
+    (the paper's 5e-5 belongs to a total batch of 1024 and a long run), and with higher rates than the paper's a warm-up
+    and clipped gradients; Supplement G names neither, nor a decay of the average."""
 
     batch_size: int  # over all processes
     learning_rate: float
@@ -53,6 +53,9 @@ class Stage(Protocol):
     settings: TrainSettings
     module: nn.Module  # all that is trained; forward(**batch) returns (loss, {figure: scalar tensor})
 
+    def prepare(self) -> None:
+        """Make or load what `batch` reads; called once, before the clock starts."""
+
     def batch(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
         """This process's share of batch number `step`; a pure function of (seed, step, rank, world)."""
 
@@ -70,16 +73,6 @@ def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     """The generator of everything random in one step."""
     mixed = (seed * 1_000_003 + step) * 4_099 + rank
     return torch.Generator().manual_seed(mixed % 2**63)
-
-
-class _Steps(Dataset):
-    """Batch number i as item i, so that a DataLoader can prepare batches ahead."""
-
-    def __init__(self, stage: Stage, rank: int, world: int):
-        self.stage, self.rank, self.world = stage, rank, world
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        return self.stage.batch(step, self.rank, self.world)
 
 
 class Ema:
@@ -117,7 +110,15 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tens
         prefix = f"optimizer.{name}."
         state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
         if state:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in state.items()}
+
+
+def _beside(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` on the parameter's device and, if it is a moment, in its memory layout: the fused step walks through
+    parameter, gradient and moments in the order of memory, and channels_last is another one than safetensors'."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _with_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,10 +155,10 @@ def load_checkpoint(run_dir: Path, identity: dict) -> tuple[dict[str, Tensor], d
     if not found:
         return None
     try:
-        facts = json.loads((found[-1] / "state.json").read_text())
+        facts = json.loads((found[-1] / "state.json").read_text("utf-8"))
         tensors = load_file(found[-1] / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot read the checkpoint {found[-1]}: {str(error).splitlines()[0]}; remove that folder to resume from the one before") from None
+        raise UserError(f"cannot read the checkpoint {found[-1]}: {reason(error)}; remove that folder to resume from the one before") from None
     for key, value in identity.items():
         if facts["identity"].get(key) != value:
             raise UserError(f"{run_dir} holds a run with {key} {facts['identity'].get(key)!r}, not {value!r}: choose another --run-dir")
@@ -174,7 +175,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
             raise UserError(f"{path} is not a checkpoint of this model: it lacks {len(missing)} tensors, {min(missing)} first")
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"cannot load {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot load {path}: {reason(error)}") from None
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -182,12 +183,19 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 @contextmanager
 def _stop_signals():
-    """Turn SIGTERM and SIGINT into a flag, so that the step in progress ends and a checkpoint is written."""
+    """Turn SIGTERM and SIGINT into a flag, so that the step in progress ends and a checkpoint is written. Who asks twice
+    is not made to wait."""
     received = []
+
+    def receive(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
     handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
-            handlers[number] = signal.signal(number, lambda n, _: received.append(n))
+            handlers[number] = signal.signal(number, receive)
         except ValueError:  # not in the main thread (a notebook's executor): then the kernel handles signals
             break
     try:
@@ -197,44 +205,43 @@ def _stop_signals():
             signal.signal(number, handler)
 
 
-def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float | None = None, save_every: float = 120.0, workers: int = 0, progress: bool = True, warm_start: bool = False) -> Path:
+def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float | None = None, save_every: float = 120.0, progress: bool = True, warm_start: bool = False) -> Path:
     """Train `stage` in `run_dir`, resuming what is there, and return the path of the final EMA weights.
+
+    `run_dir` then holds `model.safetensors` (the module's EMA weights), `weights/` (the same as each model is shipped
+    and loaded), `log.jsonl`, `result.json` and the newest two `checkpoints/`.
 
     Args:
         steps: total steps of the run, those before a resume included (default: the stage's own).
         minutes: stop after this time in this call, whatever the step.
         save_every: seconds between checkpoints.
-        workers: processes that prepare batches ahead (0: none, right for two cores).
         warm_start: begin with the shipped weights and a fresh optimiser; a run that resumes ignores it.
 
     Raises:
-        UserError: the folder holds another run, or the loss is no longer finite (the last checkpoint is kept).
+        UserError: the folder holds another run, or loss or gradient is no longer finite (the last checkpoint is kept).
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint of the step then in progress was written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    settings, bare = stage.settings, stage.module
-    identity = {"stage": stage.name, "scale": stage.scale, "seed": stage.seed, "world": accelerator.num_processes}
+    rank, world, settings, bare = accelerator.process_index, accelerator.num_processes, stage.settings, stage.module
+    identity = {"stage": stage.name, "scale": stage.scale, "seed": stage.seed, "world": world, "batch_size": settings.batch_size}
     total = steps if steps is not None else (10**9 if minutes is not None else settings.steps)
 
     resumed = load_checkpoint(run_dir, identity)
-    origin = resumed[1]["origin"] if resumed else _shipped_origin(stage) if warm_start else None
-    if origin:
+    if resumed[1]["origin"] if resumed else warm_start:
         stage.load(checkpoint_dir(stage.scale))  # also before a resume: a warm stage may keep parts of it frozen
+    origin = resumed[1]["origin"] if resumed else _shipped_origin(stage) if warm_start else None
+    with accelerator.main_process_first():  # one process fills the caches, the others find them
+        stage.prepare()
+
     bare.to(accelerator.device).train()
     optimizer = torch.optim.AdamW((p for p in bare.parameters() if p.requires_grad), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
     ema = Ema(bare, settings.ema_decay)
-    start, trained_minutes = 0, 0.0
-    if resumed:
-        tensors, facts = resumed
-        bare.load_state_dict(_without_prefix("model.", tensors))
-        ema.state = {name: tensor.to(accelerator.device) for name, tensor in _without_prefix("ema.", tensors).items()}
-        _restore_optimizer(optimizer, bare, tensors)
-        start, trained_minutes = facts["step"], facts["minutes"]
-    _trim_log(run_dir / "log.jsonl", start)
+    start, trained_minutes = _resume(run_dir, resumed, bare, ema, optimizer) if resumed else (0, 0.0)
+    if accelerator.is_main_process:
+        _trim_log(run_dir / "log.jsonl", start)
 
     module, optimizer = accelerator.prepare(bare, optimizer)
-    batches = DataLoader(_Steps(stage, accelerator.process_index, accelerator.num_processes), sampler=range(start, total), batch_size=None, num_workers=workers)
     step, began, saved = start, time.monotonic(), time.monotonic()
     bar = tqdm(total=total if total < 10**9 else None, initial=start, desc=f"{stage.name} ({stage.scale})", unit="step", dynamic_ncols=True, disable=not (progress and accelerator.is_main_process))
 
@@ -245,29 +252,32 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
             save_checkpoint(run_dir, step, bare, ema, optimizer.optimizer, facts)
         saved = time.monotonic()
 
+    stop = False
     with _stop_signals() as stopped, bar:
-        for batch in batches:
+        while step < total and not stop:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+            batch = stage.batch(step, rank, world)
             with accelerator.autocast():
                 loss, figures = module(**{key: value.to(accelerator.device) for key, value in batch.items()})
-            value = loss.item()  # once: on a GPU each read waits for the device
-            if not math.isfinite(value):
-                raise UserError(f"the loss is {value} at step {step + 1}: training stopped; the last good checkpoint in {run_dir} is kept")
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(module.parameters(), settings.clip_norm)
+            figures = {"loss": loss, **figures, "grad_norm": norm}
+            figures = {name: value.item() for name, value in figures.items()}  # once: on a GPU each read waits for the device
+            seconds = time.monotonic() - began
+            broken = not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]))
+            broken, stop = _in_any_process(accelerator, broken, bool(stopped) or (minutes is not None and seconds >= 60 * minutes))
+            if broken:
+                raise UserError(f"the loss is {figures['loss']} at step {step + 1} and its gradient {figures['grad_norm']}: training stopped; the last good checkpoint in {run_dir} is kept")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             ema.update(bare, step)
-            seconds = time.monotonic() - began
             rate = (step - start) * settings.batch_size / max(seconds, 1e-9)
-            bar.set_postfix_str(f"loss {value:.4f}, {rate:.0f} samples/s")
+            bar.set_postfix_str(f"loss {figures['loss']:.4f}, {rate:.0f} samples/s")
             bar.update()
             if accelerator.is_main_process:
-                append_jsonl(run_dir / "log.jsonl", {"step": step, "loss": value, **{k: float(v) for k, v in figures.items()}, "grad_norm": float(norm), "seconds": round(trained_minutes * 60 + seconds, 2)})
-            if stopped or (minutes is not None and seconds >= 60 * minutes):
-                break
+                append_jsonl(run_dir / "log.jsonl", {"step": step, **figures, "seconds": round(trained_minutes * 60 + seconds, 2)})
             if time.monotonic() - saved >= save_every:
                 checkpoint()
     checkpoint()
@@ -276,11 +286,32 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60, origin)
 
 
+def _in_any_process(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
+    """Each flag, true if it is so in any process: all of them have to leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return flags
+    everyone = accelerator.gather(torch.tensor([flags], dtype=torch.int32, device=accelerator.device))  # [processes, flags]
+    return tuple(bool(flag) for flag in everyone.amax(dim=0))
+
+
+def _resume(run_dir: Path, resumed: tuple[dict[str, Tensor], dict], module: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Put a checkpoint's tensors in place and return its (step, minutes)."""
+    tensors, facts = resumed
+    try:
+        module.load_state_dict(_without_prefix("model.", tensors))
+    except RuntimeError as error:
+        raise UserError(f"{run_dir} holds a run of another model: {reason(error)}; choose another --run-dir") from None
+    for name, average in _without_prefix("ema.", tensors).items():
+        ema.state[name].copy_(average)
+    _restore_optimizer(optimizer, module, tensors)
+    return facts["step"], facts["minutes"]
+
+
 def _shipped_origin(stage: Stage) -> dict:
     """How the shipped weights were made."""
     path = checkpoint_dir(stage.scale) / stage.name / "training.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         raise UserError(f"nothing to start warm from: no readable {path}") from None
 
@@ -290,24 +321,26 @@ def _trim_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except ValueError:  # the kill cut this line short
             continue
     with atomic_write(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
 
 
 def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float, origin: dict | None) -> Path:
-    """Put the EMA weights into the module, write them as DIR/model.safetensors, score them into DIR/result.json."""
+    """Put the EMA weights into the module, write DIR/model.safetensors and DIR/weights, score them into DIR/result.json."""
     path = run_dir / "model.safetensors"
     stage.module.load_state_dict(ema.state)
     stage.module.eval()
     if accelerator.is_main_process:
         with atomic_write(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in ema.state.items()}, temporary)
+        with atomic_folder(run_dir / "weights") as folder:
+            stage.save(folder)
         result = {
             "stage": stage.name,
             "scale": stage.scale,
@@ -332,23 +365,17 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def ship(stage: Stage, run_dir: Path) -> list[Path]:
-    """Put the finished run's weights, each folder with a card, into data/checkpoints/<scale>; returns the folders."""
-    result = json.loads((run_dir / "result.json").read_text())
-    root = checkpoint_dir(stage.scale)
-    root.mkdir(parents=True, exist_ok=True)
-    if result["origin"]:
-        stage.load(root)
-    load_weights(stage.module, run_dir / "model.safetensors")
-    stage.module.eval()
+def ship(run_dir: Path) -> list[Path]:
+    """Put a finished run's weights, each folder with a card, into data/checkpoints/<scale>; returns the folders."""
+    result = json.loads((run_dir / "result.json").read_text("utf-8"))
     shipped = []
-    with TemporaryDirectory(dir=root) as temporary:
-        for folder in stage.save(Path(temporary)):
-            write_json(folder / "training.json", result)
-            (folder / "CARD.md").write_text(card(folder.name, result))
-            with atomic_folder(root / folder.name) as part:
-                shutil.copytree(folder, part, dirs_exist_ok=True)
-            shipped.append(root / folder.name)
+    for folder in sorted((run_dir / "weights").iterdir()):
+        target = checkpoint_dir(result["scale"]) / folder.name
+        with atomic_folder(target) as part:
+            shutil.copytree(folder, part, dirs_exist_ok=True)
+            write_json(part / "training.json", result)
+            (part / "CARD.md").write_text(card(folder.name, result), "utf-8")
+        shipped.append(target)
     return shipped
 
 

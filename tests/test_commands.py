@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_train_hands_on_its_budget(home, calls, capfd):
     assert main(["train", "text", "--minutes", "1.5", "--seed", "4"]) == 0
     folder = home / "exports" / "runs" / "tiny" / "text"
     assert calls == [("train", ("text", "tiny", 4), folder, {"steps": None, "minutes": 1.5, "warm_start": False})]
-    assert folder.is_dir() and str(folder / "model.safetensors") in capfd.readouterr().out
+    assert folder.is_dir() and str(folder / "weights") in capfd.readouterr().out
 
 
 def test_train_starts_warm_when_asked(home, calls):
@@ -52,7 +53,7 @@ def test_train_starts_warm_when_asked(home, calls):
 def test_train_ships_only_when_asked(home, calls, capfd):
     assert main(["train", "base", "--steps", "7", "--run-dir", "mine", "--ship"]) == 0
     assert [call[0] for call in calls] == ["train", "ship"]
-    assert calls[1][2] == Path("mine") and calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": False}
+    assert calls[1][1] == Path("mine") and calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": False}
     assert "shipped data/base" in capfd.readouterr().out
 
 
@@ -69,12 +70,12 @@ def test_a_run_that_cannot_go_on_is_told(home, calls, monkeypatch, capfd):
 def test_evaluate_prints_and_writes_the_same_figures(home, calls, capfd):
     arguments = ["evaluate", "--images", "4", "--steps", "3", "--guidance", "2", "--seed", "9", "--json", "figures.json"]
     assert main(arguments) == 0
-    assert calls == [("evaluate", "tiny", "base", 4, 9, 3, 2.0)]
+    assert calls == [("evaluate", "tiny", "base", 4, 9, 3, 2.0, None)]
     assert capfd.readouterr().out.splitlines()[0].split(maxsplit=1) == ["overall", "0.61 [0.50, 0.75] n=12"]
     written = json.loads((home / "figures.json").read_text())
     assert {name: written[name] for name in FIGURES} == FIGURES
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", written["date"])
-    assert written["command"].startswith("snapgen ") and "commit" in written
+    assert written["command"] == shlex.join(["snapgen", *arguments]) and "commit" in written
 
 
 def test_a_failed_evaluation_leaves_the_old_figures(home, monkeypatch, capfd):

@@ -94,6 +94,31 @@ def test_scene_latents_are_cached_by_weights_and_continue(tmp_path, monkeypatch)
     data.SceneLatents(vae, tmp_path, 64, seed=3, size=64, progress=False)
     assert sum(encoded) == 128  # other weights never reuse these latents
 
+    vae.register_to_config(shift_factor=0.5)
+    data.SceneLatents(vae, tmp_path, 64, seed=3, size=64, progress=False)
+    assert sum(encoded) == 192  # nor does another normalisation ...
+
+    with torch.no_grad():
+        vae.decoder.conv_in.bias += 1
+    data.SceneLatents(vae, tmp_path, 64, seed=3, size=64, progress=False)
+    assert sum(encoded) == 192  # ... but another decoder does
+
+    cut = max(tmp_path.rglob("latents.safetensors"), key=lambda path: path.stat().st_mtime)
+    cut.write_bytes(cut.read_bytes()[:200])
+    with pytest.warns(UserWarning, match="damaged latents"):
+        again = data.SceneLatents(vae, tmp_path, 64, seed=3, size=64, progress=False)
+    assert sum(encoded) == 256 and again.captions == first.captions and again.latents.isfinite().all()
+
+
+def test_a_photo_stands_as_it_was_taken(tmp_path):
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste("black", (0, 0, 64, 32))  # the sensor's upper half is the photo's right half
+    orientation = Image.Exif()
+    orientation[274] = 6
+    picture.save(tmp_path / "phone.jpg", quality=95, exif=orientation)
+    image = data.ImageFolder(tmp_path, 64)[0]["image"]
+    assert image[:, :, 48:].mean() < -0.9 and image[:, :, :16].mean() > 0.9
+
 
 def test_missing_autoencoder_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match="cannot load the autoencoder"):

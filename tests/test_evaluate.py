@@ -192,7 +192,7 @@ def test_overall_is_the_mean_of_tasks():
     assert report.seen.score == 1 and report.seen.n == 40  # the same four tasks as held_out: counting has no part
     assert report.held_out.score == pytest.approx(0.625) and report.held_out.n == 40
     assert report.tasks["counting"].score == 0 and set(report.held_out_tasks) == set(HELD_OUT_TASKS)
-    stored = json.loads(report.to_json())
+    stored = json.loads(json.dumps(report.to_dict()))
     assert stored["overall"]["score"] == report.overall.score and stored["tasks"]["colors"]["n"] == 10
     assert report.figures()["held_out_pairs"] == report.held_out.score
     for name in (*TASKS, "overall", "held-out pairs"):
@@ -288,8 +288,8 @@ def test_evaluate_stage(monkeypatch):
         return SimpleNamespace(images=oracle.generate(captions, []))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("snapgen_core.load", lambda scale, stage: pipe)
-    monkeypatch.setattr("snapgen_core.evaluate.sceneeval.load_detector", lambda scale: oracle)
+    monkeypatch.setattr("snapgen_core.load", lambda scale, stage, folder: pipe)
+    monkeypatch.setattr("snapgen_core.evaluate.sceneeval.load_detector", lambda: oracle)
     result = evaluate_stage("tiny", "base", images=4, seed=0, steps=4, guidance=1.0)
     assert json.loads(json.dumps(result)) == result
     assert result["overall"]["score"] == 1 and result["overall"]["n"] == 24 and result["held_out"]["n"] == 8
@@ -300,7 +300,7 @@ def test_evaluate_stage(monkeypatch):
 
 
 def test_shipped_detector_can_be_trusted():
-    detector = load_detector("tiny")
+    detector = load_detector()
     sharp = validate_detector(detector, per_task=40, seed=1234)  # 400 scenes that neither training nor the card used
     assert sharp["right"] >= 0.98, sharp
     assert sharp["wrong_accepted"] <= 0.05 and sharp["near_miss_accepted"] <= 0.05, sharp

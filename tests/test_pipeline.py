@@ -72,6 +72,16 @@ def test_preview_of_each_step_ends_in_the_picture(pipe):
     assert [i for i, _ in previews] == [0, 1, 2] and torch.allclose(previews[-1][1], out, atol=1e-5)
 
 
+def test_the_size_is_the_students_and_not_the_autoencoders(pipe):
+    assert pipe.noise(1).shape == (1, 16, 8, 8)
+    trained_for = pipe.config.image_size
+    try:
+        pipe.register_to_config(image_size=128)  # SD3's autoencoder names 1024 px, also beside a student of 256
+        assert pipe.noise(2, seeds(0, 1)).shape == (2, 16, 16, 16)
+    finally:
+        pipe.register_to_config(image_size=trained_for)
+
+
 def test_other_sizes(pipe):
     image = pipe("a key", num_inference_steps=1, size=96, generator=seeds(0)).images[0]
     assert image.size == (96, 96)

@@ -1,11 +1,15 @@
 """Counts against numbers worked out by hand."""
 
+import re
+import time
+
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from snapgen_core.profile import count_macs, count_parameters
+from snapgen_core.profile import cost, count_macs, count_parameters, peak_memory
 
 
 class SelfAttention(nn.Module):
@@ -41,3 +45,11 @@ def test_macs_takes_keyword_arguments_and_leaves_no_gradients():
     layer = nn.Linear(3, 5)
     assert count_macs(layer, input=torch.zeros(2, 3)) == 30
     assert layer.weight.grad is None
+
+
+def test_peak_memory_is_kept_after_the_memory_is_given_back():
+    now = psutil.Process().memory_info().rss / 2**30
+    block = torch.ones(2**27)  # half a GiB
+    del block
+    assert now + 0.45 < peak_memory() < now + 4
+    assert re.fullmatch(r"this run took 2\.0 minutes and at most [\d.]+ GB of memory, with \d+ threads", cost(time.perf_counter() - 120))

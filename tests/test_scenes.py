@@ -83,7 +83,7 @@ def test_recoloured_objects_have_the_colours_hue(colour):
     """Mean colour of every class in `colour` is nearer to that colour's middle shade than to any other colour's."""
     middles = {name: np.array(shades[1]) for name, shades in scenes._SHADES.items()}
     for name in scenes.CLASSES:
-        rgb, alpha = scenes._premultiplied(name, colour, 48)
+        rgb, alpha = scenes.premultiplied(name, colour, 48)
         mean = rgb.reshape(-1, 3).sum(0) / (alpha.sum() / 255)
         distance = {other: np.linalg.norm(mean - middle) for other, middle in middles.items()}
         assert min(distance, key=distance.get) == colour, (name, colour)
@@ -128,7 +128,7 @@ def test_stored_held_out_pairs_are_the_chosen_ones_and_balanced():
 
 
 def test_object_sprites_belong_to_the_training_split():
-    assert all(scenes.emoji_table()[emoji]["split"] == "train" for emoji, _ in scenes._OBJECTS.values())
+    assert all(scenes.emoji_table()[emoji]["split"] == "train" for emoji, _ in scenes.OBJECTS.values())
     assert not set(scenes.plain_names("train")) & set(scenes.plain_names("val"))
 
 

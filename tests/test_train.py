@@ -38,6 +38,9 @@ class LineStage:
         self.seed, self.poison_at, self.pause, self.module = seed, poison_at, pause, Line()
         self.settings = TrainSettings(**{"batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 5, "steps": 30, **settings})
 
+    def prepare(self):
+        self.prepared = True
+
     def batch(self, step, rank=0, world=1):
         time.sleep(self.pause)
         x = torch.randn(16, 1, generator=step_generator(self.seed, step, rank))
@@ -55,16 +58,18 @@ class LineStage:
 
     def load(self, root):
         self.loaded = True
-        self.module.load_state_dict(load_file(root / "line" / "model.safetensors"))
+        loop.load_weights(self.module, root / "line" / "model.safetensors")
 
 
 def test_trains_logs_and_scores(tmp_path):
-    path = train(LineStage(steps=300, ema_decay=0.9), tmp_path, progress=False)
+    stage = LineStage(steps=300, ema_decay=0.9)
+    path = train(stage, tmp_path, progress=False)
     assert path == tmp_path / "model.safetensors"
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 301))
     assert all(line["twice"] == pytest.approx(2 * line["loss"]) for line in log)
     result = json.loads((tmp_path / "result.json").read_text())
+    assert stage.prepared and load_file(tmp_path / "weights" / "line" / "model.safetensors").keys() == load_file(path).keys()
     assert result["steps"] == 300 and result["samples"] == 4800 and result["scores"]["mse"] < 0.1 * log[0]["loss"]
 
 
@@ -100,8 +105,12 @@ class LatentStage:
 
         torch.manual_seed(0)
         config = {**SnapGenUNet.from_preset("tiny").config, "channels": (32, 64)}
-        self.module = BaseTraining(SnapGenUNet.from_config({k: v for k, v in config.items() if not k.startswith("_")}))
+        unet = SnapGenUNet.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        self.module = BaseTraining(unet).to(memory_format=torch.channels_last)
         self.settings = TrainSettings(batch_size=2, learning_rate=1e-3)
+
+    def prepare(self):
+        pass
 
     def batch(self, step, rank=0, world=1):
         g = step_generator(self.seed, step, rank)
@@ -110,6 +119,9 @@ class LatentStage:
 
     def score(self):
         return {}
+
+    def save(self, root):
+        return []
 
 
 @pytest.mark.parametrize("kill_after_step", [37, 111])
@@ -162,6 +174,42 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert facts["step"] == 10 and all(t.isfinite().all() for t in tensors.values())
 
 
+def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path):
+    class Root(Line):  # sqrt(0): the loss is 0, its slope infinite
+        def forward(self, x, y, poison):
+            return sum(p.flatten()[0] * 0 for p in self.parameters()).abs().sqrt(), {}
+
+    stage = LineStage()
+    stage.module = Root()
+    before = {name: tensor.clone() for name, tensor in stage.module.state_dict().items()}
+    with pytest.raises(UserError, match="gradient nan"):
+        train(stage, tmp_path, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stage.module.state_dict().items())
+    assert loop._checkpoints(tmp_path) == []
+
+
+def test_data_is_made_before_the_clock_starts(tmp_path):
+    stage = LineStage(pause=0.01)
+    stage.prepare = lambda: time.sleep(1.2)
+    train(stage, tmp_path, minutes=0.01, progress=False)
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] > 5
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    stage = LineStage()
+    stage.batch = lambda *args: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, tmp_path, progress=False)
+
+
+def test_another_architecture_in_the_folder_is_refused(tmp_path):
+    train(LineStage(), tmp_path, steps=2, progress=False)
+    stage = LineStage()
+    stage.module = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="run of another model"):
+        train(stage, tmp_path, progress=False)
+
+
 def test_another_runs_folder_is_refused(tmp_path):
     train(LineStage(), tmp_path, steps=2, progress=False)
     with pytest.raises(UserError, match="holds a run with seed 0, not 1"):
@@ -204,7 +252,7 @@ def test_shipping_replaces_the_folder_and_writes_a_card(tmp_path, monkeypatch):
     stale = tmp_path / "shipped" / "tiny" / "line"
     stale.mkdir(parents=True)
     (stale / "old").touch()
-    assert loop.ship(stage, tmp_path / "run") == [stale]
+    assert loop.ship(tmp_path / "run") == [stale]
     assert {path.name for path in stale.iterdir()} == {"CARD.md", "model.safetensors", "training.json"} and list(stale.parent.iterdir()) == [stale]
     text = (stale / "CARD.md").read_text()
     assert "snapgen train line --scale tiny --seed 0 --steps 3" in text and "| mse |" in text
@@ -213,7 +261,7 @@ def test_shipping_replaces_the_folder_and_writes_a_card(tmp_path, monkeypatch):
 def test_warm_start_begins_with_the_shipped_weights_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "checkpoint_dir", lambda scale: tmp_path / "shipped" / scale)
     train(LineStage(steps=200), tmp_path / "first", progress=False)
-    loop.ship(LineStage(), tmp_path / "first")
+    loop.ship(tmp_path / "first")
     train(LineStage(seed=1), tmp_path / "cold", steps=1, progress=False)
     train(LineStage(seed=1), tmp_path / "warm", steps=1, progress=False, warm_start=True)
     cold, warm = (json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0]) for run in ("cold", "warm"))
@@ -228,7 +276,7 @@ def test_warm_start_begins_with_the_shipped_weights_and_says_so(tmp_path, monkey
 
 def test_warm_start_needs_shipped_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "checkpoint_dir", lambda scale: tmp_path)
-    with pytest.raises(UserError, match="nothing to start warm from"):
+    with pytest.raises(UserError, match="cannot load"):
         train(LineStage(), tmp_path / "run", warm_start=True, progress=False)
 
 

@@ -5,7 +5,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, reason
 
 
 def note(message: str) -> None:
@@ -35,14 +35,6 @@ def check_output(path: Path, suffix: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot write into {str(path.parent)!r}: {reason(error)}") from None
     return path
-
-
-def reason(error: BaseException) -> str:
-    """An exception's cause in a few words: its first line, without errno and path."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def quiet_libraries(scale: str) -> None:

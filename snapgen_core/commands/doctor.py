@@ -12,10 +12,9 @@ from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..paths import checkpoint_dir, data_dir, home
 from ..threads import physical_cores
-from .common import reason
 
 # What everything was last run with. pyproject.toml says what is allowed; these are the versions one may trust.
 TESTED = {

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,12 +30,12 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from .. import evaluate as scoring
 
-    figures = scoring.evaluate_stage(args.scale, args.stage, args.images, args.seed, args.steps, args.guidance)
+    figures = scoring.evaluate_stage(args.scale, args.stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint)
     table = list(rows(figures))
     width = max(len(name) for name, _ in table)
     for name, value in table:
         print(f"{name:<{width}}  {value}")
     if args.json:
-        command = shlex.join(["snapgen", *sys.argv[1:]])
+        command = shlex.join(["snapgen", *args.argv])
         write_json(args.json, {"command": command, "commit": git_commit(), "date": now(), **figures})
     return 0

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import atomic_write
-from .common import check_output, note, quiet_libraries, reason
+from .common import check_output, note, quiet_libraries
 
 SHOWN_OF_A_PROMPT = 60
 
@@ -27,16 +27,6 @@ def output_names(out: Path, num: int) -> list[Path]:
     """`out` itself for one picture, FILE-1.png, FILE-2.png, ... for several; each checked to be writable."""
     names = [out] if num == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(num)]
     return [check_output(name, ".png") for name in names]
-
-
-def check_student(pipe: Any, folder: Path | None) -> None:
-    """A student given by the user may be sound and yet belong to other encoders. Raises UserError if so."""
-    student, text, latent = pipe.unet.config, pipe.text.shape.widths[2], pipe.vae.config.latent_channels
-    if (student.context_dim, student.in_channels, student.out_channels) != (text, latent, latent):
-        raise UserError(
-            f"the student in {folder} reads {student.context_dim} text and {student.in_channels} latent channels; "
-            f"the encoders of this scale give {text} and {latent}"
-        )
 
 
 def save_png(image: Any, path: Path, facts: dict[str, Any]) -> None:
@@ -65,7 +55,6 @@ def generate(args: argparse.Namespace) -> int:
     from .. import load
 
     pipe = load(args.scale, args.stage, args.checkpoint)
-    check_student(pipe, args.checkpoint)
     if torch.cuda.is_available():
         pipe.to("cuda")
     unread = pipe.text.truncated(prompt)

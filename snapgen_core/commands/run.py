@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..paths import home, notebooks_dir, runs_dir
-from .common import reason
 
 
 class Stopped(Exception):

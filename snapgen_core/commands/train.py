@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..paths import runs_dir
-from .common import quiet_libraries, reason
+from .common import quiet_libraries
 
 
 def check_run_dir(path: Path) -> Path:
@@ -22,13 +22,15 @@ def train(args: argparse.Namespace) -> int:
     run_dir = check_run_dir(args.run_dir or runs_dir() / args.scale / args.stage)
     quiet_libraries(args.scale)
 
-    from .. import train as loop
-    from ..stages import STAGES
+    from accelerate import PartialState
 
-    stage = STAGES[args.stage](args.scale, args.seed)
-    weights = loop.train(stage, run_dir, steps=args.steps, minutes=args.minutes, warm_start=args.warm_start)
-    print(f"weights {weights}, log {run_dir / 'log.jsonl'}")
-    if args.ship:
-        folders = loop.ship(stage, run_dir)
-        print("shipped " + ", ".join(str(folder) for folder in folders))
+    from .. import train as loop
+    from ..stages import build_stage
+
+    stage = build_stage(args.stage, args.scale, args.seed)
+    loop.train(stage, run_dir, steps=args.steps, minutes=args.minutes, warm_start=args.warm_start)
+    if PartialState().is_main_process:
+        print(f"weights {run_dir / 'weights'}, log {run_dir / 'log.jsonl'}")
+        if args.ship:
+            print("shipped " + ", ".join(str(folder) for folder in loop.ship(run_dir)))
     return 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..detector import IMAGE_SIZE, THRESHOLD, Detector
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..paths import checkpoint_dir
 from ..scenes import CLASSES, COLOURS, HELD_OUT_TASKS, TASKS, Prompt, draw_prompt
 from .report import Report
@@ -22,13 +22,13 @@ from .rules import COUNTING_THRESHOLD, judge
 Generate = Callable[[list[str], list[int]], Tensor]
 
 
-def load_detector(scale: str = "tiny", folder: Path | None = None) -> Detector:
-    """The shipped detector of `scale` (or the one in `folder`), in fp32 and ready to judge.
+def load_detector(folder: Path | None = None) -> Detector:
+    """The shipped detector (one for all scales) or the one in `folder`, in fp32 and ready to judge.
 
     Raises:
         UserError: it is missing, truncated, or a detector of other classes.
     """
-    folder = Path(folder or checkpoint_dir(scale) / "detector")
+    folder = Path(folder or checkpoint_dir("tiny") / "detector")
     if not (folder / "config.json").is_file():
         raise UserError(f"no detector in {folder}: train one with `snapgen train detector --ship`")
     try:
@@ -37,7 +37,7 @@ def load_detector(scale: str = "tiny", folder: Path | None = None) -> Detector:
         weights = load_file(folder / "diffusion_pytorch_model.safetensors")
         detector.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the detector in {folder}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot load the detector in {folder}: {reason(error)}") from None
     if tuple(detector.config.classes) != CLASSES or tuple(detector.config.colours) != COLOURS:
         raise UserError(f"the detector in {folder} knows other classes or colours than the scenes: train it again")
     return detector.eval()
@@ -135,11 +135,10 @@ def pipeline_generator(pipe, steps: int = 28, guidance: float = 4.0) -> Generate
 
 
 def evaluate_pipeline(
-    pipe, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, scale: str = "tiny", progress: bool = True
+    pipe, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, progress: bool = True
 ) -> Report:
     """SceneEval of a pipeline: `images` pictures a task and half as many a held-out task, each of another prompt."""
-    generate, detector = pipeline_generator(pipe, steps, guidance), load_detector(scale)
-    return scene_eval(generate, images, seed=seed, detector=detector, progress=progress)
+    return scene_eval(pipeline_generator(pipe, steps, guidance), images, seed=seed, progress=progress)
 
 
 def evaluate_unet(
@@ -149,20 +148,22 @@ def evaluate_unet(
     from ..pipeline import build
 
     pipe = build(scale, unet).to(unet.device)
-    return evaluate_pipeline(pipe, images, seed, steps, guidance, scale).figures()
+    return evaluate_pipeline(pipe, images, seed, steps, guidance).figures()
 
 
-def evaluate_stage(scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0) -> dict:
-    """SceneEval of a shipped student as a JSON-able dict: `Report.to_dict()` and the settings.
+def evaluate_stage(
+    scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, folder: Path | None = None
+) -> dict:
+    """SceneEval of a shipped student (or of the one in `folder`) as a JSON-able dict: `Report.to_dict()` and the settings.
 
     `images` counts the pictures of each of the six tasks; each of the four held-out tasks adds half as many.
     """
     from .. import load
 
-    pipe = load(scale=scale, stage=stage)
+    pipe = load(scale, stage, folder)
     if torch.cuda.is_available():
         pipe = pipe.to("cuda")
-    report = evaluate_pipeline(pipe, images, seed, steps, guidance, scale)
+    report = evaluate_pipeline(pipe, images, seed, steps, guidance)
     settings = {
         "scale": scale,
         "stage": stage,

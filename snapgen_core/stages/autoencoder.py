@@ -57,6 +57,9 @@ class AutoencoderStage:
         self.encoder_frozen = False
         self.settings = TrainSettings(batch_size=16, learning_rate=1.2e-3, betas=(0.9, 0.99), steps=6000)
 
+    def prepare(self) -> None:
+        pass  # scenes are drawn as they are needed
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         first = step * self.settings.batch_size
         indices = range(first + rank, first + self.settings.batch_size, world)

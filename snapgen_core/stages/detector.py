@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..detector import Detector, detection_loss
+from ..errors import UserError
 from ..evaluate import load_detector, validate_detector
-from ..scales import get_scale
 from ..train import TrainSettings
 from ..weights import save_half
 from .hard_scenes import draw_example, to_targets
@@ -25,15 +25,20 @@ class DetectorTraining(nn.Module):
 
 
 class DetectorStage:
-    """See `snapgen_core.train.Stage`. The detector is the same at every scale: it looks at 64 px."""
+    """See `snapgen_core.train.Stage`. There is one detector for all scales: it looks at 64 px."""
 
     name = "detector"
 
     def __init__(self, scale: str, seed: int):
-        self.scale, self.seed = get_scale(scale).name, seed
+        if scale != "tiny":
+            raise UserError(f"scale {scale} is judged by tiny's detector: train it with --scale tiny")
+        self.scale, self.seed = scale, seed
         torch.manual_seed(seed)
         self.module = DetectorTraining(Detector()).to(memory_format=torch.channels_last)
         self.settings = TrainSettings(batch_size=64, learning_rate=1e-3, betas=(0.9, 0.99), steps=3000)
+
+    def prepare(self) -> None:
+        pass  # scenes are drawn as they are needed
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         first = step * self.settings.batch_size
@@ -53,4 +58,4 @@ class DetectorStage:
         return [root / self.name]
 
     def load(self, root: Path) -> None:
-        self.module.detector.load_state_dict(load_detector(self.scale, root / self.name).state_dict())
+        self.module.detector.load_state_dict(load_detector(root / self.name).state_dict())

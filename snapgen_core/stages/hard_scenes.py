@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..detector import CELLS, IMAGE_SIZE, STRIDE, blur_matrix, gaussian_blur, seen_colour
-from ..scenes import _OBJECTS, CLASSES, COLOURS, TRAIN_MIX, _background, _premultiplied, draw_scene, plain_names
+from ..scenes import CLASSES, COLOURS, OBJECTS, TRAIN_MIX, background, draw_scene, plain_names, premultiplied
 
 COUNTS, GONE = 0.8, 0.55
 
@@ -54,7 +54,7 @@ def colour_number(name: str, colour: str | None) -> int:
 def distractors() -> tuple[str, ...]:
     """Emoji that show none of the classes. Names that share a word with a class or with its emoji are left out: a dog
     face is a dog, a green book is a book, and a heart with an arrow is arguable."""
-    known = {word for name, forms in _OBJECTS.items() for text in (name, *forms) for word in text.split()}
+    known = {word for name, forms in OBJECTS.items() for text in (name, *forms) for word in text.split()}
     known -= {"red", "running", "closed", "top", "alarm"}
     return tuple(name for name in plain_names() if not known & set(re.findall(r"[a-z]+", name.lower())))
 
@@ -75,7 +75,7 @@ class _Layer:
 
 def _layer(rng: np.random.Generator, name: str, colour: str | None, side: int) -> _Layer:
     """A whole object or, for an emoji of no class, a distractor."""
-    pixels, alpha = _premultiplied(name, colour, side)
+    pixels, alpha = premultiplied(name, colour, side)
     if rng.random() < 0.15:
         pixels, alpha = pixels[:, ::-1], alpha[:, ::-1]
     alpha = alpha.astype(np.float32) / 255
@@ -204,7 +204,7 @@ def _put(rng: np.random.Generator, layer: _Layer, taken: list[tuple[float, float
 
 def draw_free_scene(rng: np.random.Generator) -> Example:
     """Objects anywhere on a background of the scenes; later ones hide earlier ones."""
-    canvas = _background(rng, IMAGE_SIZE)
+    canvas = background(rng, IMAGE_SIZE)
     seen: list[tuple[_Layer, tuple[float, float, float, float], np.ndarray]] = []  # with each pixel's visible alpha
     taken: list[tuple[float, float, float]] = []
     for layer in _free_layers(rng):

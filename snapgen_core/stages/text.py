@@ -132,8 +132,9 @@ class TextTraining(nn.Module):
         figures, losses = {}, []
         for name, text in self.texts.items():
             read = F.normalize(text(input_ids=input_ids).text_embeds.float(), dim=1)
-            logits = read @ seen.T * self.log_scales[name].clamp(max=math.log(100)).exp()  # (B, B)
-            losses.append(info_nce(logits, same))
+            with torch.autocast(image.device.type, enabled=False):  # logits go up to 100: bf16 would round them to halves
+                logits = read @ seen.T * self.log_scales[name].clamp(max=math.log(100)).exp()  # (B, B)
+                losses.append(info_nce(logits, same))
             figures[f"loss_{name}"] = losses[-1].detach()
             figures[f"top1_{name}"] = (logits.argmax(dim=1) == torch.arange(len(logits), device=logits.device)).float().mean()
         return sum(losses), figures
@@ -225,6 +226,9 @@ class TextStage:
         torch.manual_seed(seed)
         self.module = TextTraining(self.size, len(self.tokenizer), config.clip_tokens).to(memory_format=torch.channels_last)
         self.settings = TrainSettings(batch_size=128, learning_rate=1e-3, betas=(0.9, 0.98), weight_decay=0.05, steps=3000)
+
+    def prepare(self) -> None:
+        pass  # scenes are drawn as they are needed
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """Scenes 2k, and 2k + 1: the counterpart of 2k where it has one, else another scene."""

@@ -1,4 +1,4 @@
-"""Attention with the switches of Fig. 2 (b), (d), (e) and (g).
+"""Attention with the switches of steps (b), (d), (e) and (g); the steps are listed in `network.py`.
 
 Names in shapes: B batch, C channels, S = H * W image tokens, L context tokens, D context width, N heads,
 K key/value heads, E head width.
@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU: (B, S, C) -> (B, S, C) through `ratio` * C gated channels. Fig. 2 (d)."""
+    """GEGLU: (B, S, C) -> (B, S, C) through `ratio` * C gated channels. Step (d)."""
 
     def __init__(self, channels: int, ratio: float):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Convolutions, with the switch of Fig. 2 (c), and how blocks and stages are put together, with that of (f).
+"""Convolutions, with the switch of step (c), and how blocks and stages are put together, with that of (f); the steps are listed
+in `network.py`.
 
 Names in shapes: B batch, C channels, H W height and width.
 """
@@ -72,7 +73,7 @@ class Upsample(nn.Module):
 class Block(nn.Module):
     """(B, C_in, H, W) -> (B, C_out, H, W): convolutions, then the timestep, then the text.
 
-    `features` is a `ResidualBlock`; in stages without them (Fig. 2 (e), the text from the first stage on) it only
+    `features` is a `ResidualBlock`; in stages without them (step (f), the text from the first stage on) it only
     changes the width where it must, and the transformer does the rest.
     """
 

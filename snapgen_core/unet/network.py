@@ -7,6 +7,12 @@ Start from a thin SDXL UNet (a) and
   (e) share one key/value head among all queries                 `kv_heads`
   (f) read the text in the first stage already                   `residual_blocks`, `transformer_depth`
   (g) normalise queries and keys, rotate them by position        `qk_norm`, `rope`
+The letters are ours, for the seven rows of the ablation in Fig. 3; Fig. 2 has no letter for (e), and calls (f) and (g)
+there (e) and (f).
+
+Where the paper says nothing or can be read in two ways: `conv_in` and `conv_out` stay dense, as so thin layers gain
+nothing from being separable; the timestep is added behind a block's convolutions, so that blocks with and without them
+take it alike; and there is no branch for CLIP's pooled features, for which the published size leaves no room.
 """
 
 from dataclasses import asdict, dataclass
