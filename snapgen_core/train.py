@@ -352,11 +352,31 @@ def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, ste
             "minutes": round(minutes, 1),
             "device": _device_name(accelerator.device),
             "scores": stage.score(),
+            "losses": _loss_curve(run_dir / "log.jsonl"),
             "origin": origin,
         }
         write_json(run_dir / "result.json", result)
     accelerator.wait_for_everyone()
     return path
+
+
+def _loss_curve(log: Path, points: int = 20) -> list[float]:
+    """The run in brief: the mean loss of each of (at most) `points` equal stretches of it."""
+    losses = torch.tensor([json.loads(line)["loss"] for line in log.read_text("utf-8").splitlines()], dtype=torch.float64)
+    return [round(part.mean().item(), 5) for part in losses.tensor_split(min(points, len(losses)))]
+
+
+def history(result: dict) -> list[tuple[float, float]]:
+    """How shipped weights came to be: (samples seen, mean loss there) through all trainings that led to `result`, the
+    content of a checkpoint's `training.json`."""
+    runs, curve, before = [result], [], 0
+    while runs[0]["origin"]:
+        runs.insert(0, runs[0]["origin"])
+    for run in runs:
+        losses = run.get("losses", [])
+        curve += [(before + (i + 0.5) * run["samples"] / len(losses), loss) for i, loss in enumerate(losses)]
+        before += run["samples"]
+    return curve
 
 
 def _device_name(device: torch.device) -> str:

@@ -271,6 +271,11 @@ def test_warm_start_begins_with_the_shipped_weights_and_says_so(tmp_path, monkey
     assert resumed.loaded
     result = json.loads((tmp_path / "warm" / "result.json").read_text())
     assert result["command"].endswith("--steps 3 --warm-start") and result["origin"]["steps"] == 200
+    curve = loop.history(result)
+    assert len(result["losses"]) == 3 and len(result["origin"]["losses"]) == 20  # 3 steps after 200
+    assert [samples for samples, _ in curve[:2] + curve[-3:]] == [80, 240, 3208, 3224, 3240]
+    log = [json.loads(line)["loss"] for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
+    assert curve[1][1] == pytest.approx(sum(log[10:20]) / 10, abs=1e-5)
     assert "| before that | `snapgen train line --scale tiny --seed 0 --steps 200`" in loop.card("line", result)
 
 
