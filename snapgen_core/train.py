@@ -222,7 +222,9 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint of the step then in progress was written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    gpu = torch.cuda.is_available()
+    # Left to itself accelerate ignores torchrun on CPUs, and takes a Mac's MPS, on which this loop is not tested.
+    accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
     rank, world, settings, bare = accelerator.process_index, accelerator.num_processes, stage.settings, stage.module
     identity = {"stage": stage.name, "scale": stage.scale, "seed": stage.seed, "world": world, "batch_size": settings.batch_size}
     total = steps if steps is not None else (10**9 if minutes is not None else settings.steps)

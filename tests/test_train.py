@@ -151,6 +151,25 @@ def test_a_time_budget_ends_with_usable_weights(tmp_path):
     assert 0 < json.loads((tmp_path / "result.json").read_text())["steps"] < 1000
 
 
+TWO = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_train import LineStage
+from snapgen_core.train import train
+train(LineStage(pause=0.01), Path(sys.argv[1]), minutes=0.02, progress=False)
+"""
+
+
+def test_two_processes_train_as_one_and_stop_together(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, tmp_path / "two.py", tmp_path / "run", os.path.dirname(__file__)], check=True, capture_output=True, timeout=300)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)) and json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == len(steps)
+    assert loop.load_checkpoint(tmp_path / "run", {})[1]["identity"]["world"] == 2
+
+
 def test_termination_keeps_a_checkpoint(tmp_path):
     stage = LineStage(steps=10**6)
     draw = stage.batch
