@@ -7,22 +7,17 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from .errors import UserError, reason
 from .paths import checkpoint_dir
 from .scales import get_scale
-from .weights import check_loaded, weights_digest
+from .weights import load_model, weights_digest
 
 
 def load_autoencoder(scale: str, folder: Path | None = None) -> AutoencoderKL:
-    """The scale's autoencoder, frozen, fp32: the one trained here (`tiny`), SD3's from the hub, or `folder`."""
+    """The scale's autoencoder, frozen, fp32: the one trained here (`tiny`), SD3's from the hub, or the one in `folder`.
+    Raises UserError as `load_model`."""
     hub = get_scale(scale).hub
-    place = (hub, "vae") if folder is None and hub else (folder or checkpoint_dir(scale) / "autoencoder", "")
-    try:
-        vae, report = AutoencoderKL.from_pretrained(place[0], subfolder=place[1], use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
-    except Exception as error:  # hub and safetensors raise many kinds: to the user they are all "cannot be loaded"
-        raise UserError(f"cannot load the autoencoder of scale {scale}: {reason(error)}") from None
-    check_loaded(report, place[0])
-    return vae.float().eval().requires_grad_(False)
+    place, subfolder = (hub, "vae") if folder is None and hub else (folder or checkpoint_dir(scale) / "autoencoder", "")
+    return load_model(AutoencoderKL, place, f"the autoencoder of scale {scale}", subfolder=subfolder).requires_grad_(False)
 
 
 @torch.no_grad()

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from . import flow
-from .errors import UserError, reason
+from .errors import UserError
 from .latents import decode, load_autoencoder
 from .paths import checkpoint_dir
 from .scales import get_scale
 from .text import ENCODERS, TextEncoders, load_text_encoders
 from .unet import SnapGenUNet
-from .weights import check_loaded
+from .weights import load_model
 
 PICTURE_STAGES = ("base",)  # what `load` offers; later chapters add kd and distilled
 
@@ -181,9 +181,4 @@ def load_unet(folder: Path) -> SnapGenUNet:
     """A student saved with `save_pretrained`, in fp32. Raises UserError where there is none, or no sound one."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no student in {folder}: train one with `snapgen train base` at its scale, and --ship it or name its folder RUN_DIR/weights/base")
-    try:
-        unet, report = SnapGenUNet.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
-    except Exception as error:  # safetensors, json and diffusers raise many kinds
-        raise UserError(f"cannot load the student in {folder}: {reason(error)}") from None
-    check_loaded(report, folder)
-    return unet.float()
+    return load_model(SnapGenUNet, folder, f"the student in {folder}")

@@ -1,20 +1,30 @@
-"""What is done to weights whatever model they belong to: checked after loading, told apart, saved for shipping."""
+"""What is done to weights whatever model they belong to: loaded and checked, told apart, saved for shipping."""
 
 import copy
 import hashlib
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, reason
 
 
-def check_loaded(report: dict, place: object) -> None:
-    """Refuse weights that do not fit their model exactly; `report` is from_pretrained's loading info."""
+def load_model(kind: type[ModelMixin], place: str | Path, what: str, **settings) -> ModelMixin:
+    """A diffusers model of class `kind` from safetensors, in fp32; `settings` go to its `from_pretrained`.
+
+    Raises:
+        UserError: `what` is missing, damaged, or holds weights of another model.
+    """
+    try:  # without low_cpu_mem_usage diffusers reports what does not fit, and does not stop at the first tensor
+        model, report = kind.from_pretrained(place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **settings)
+    except Exception as error:  # the hub, safetensors, json and diffusers raise many kinds: to the user they are all this
+        raise UserError(f"cannot load {what}: {reason(error)}") from None
     strange = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if strange:
-        raise UserError(f"{place} holds weights of another model: {len(strange)} tensors do not fit, {strange[0]} first")
+        raise UserError(f"cannot load {what}: its weights are another model's, {len(strange)} tensors do not fit, {strange[0]} first")
+    return model.float().eval()
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..detector import IMAGE_SIZE, THRESHOLD, Detector
-from ..errors import UserError, reason
+from ..errors import UserError
 from ..paths import checkpoint_dir
 from ..scenes import CLASSES, COLOURS, HELD_OUT_TASKS, TASKS, Prompt, draw_prompt
+from ..weights import load_model
 from .report import Report
 from .rules import COUNTING_THRESHOLD, judge
 
@@ -31,16 +30,10 @@ def load_detector(folder: Path | None = None) -> Detector:
     folder = Path(folder or checkpoint_dir("tiny") / "detector")
     if not (folder / "config.json").is_file():
         raise UserError(f"no detector in {folder}: train one with `snapgen train detector --ship`")
-    try:
-        config = Detector.load_config(folder, local_files_only=True)
-        detector = Detector.from_config(config)
-        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-        detector.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the detector in {folder}: {reason(error)}") from None
+    detector = load_model(Detector, folder, f"the detector in {folder}")
     if tuple(detector.config.classes) != CLASSES or tuple(detector.config.colours) != COLOURS:
         raise UserError(f"the detector in {folder} knows other classes or colours than the scenes: train it again")
-    return detector.eval()
+    return detector
 
 
 def scene_prompts(per_task: int, seed: int = 0, split: str = "seen") -> list[Prompt]:
