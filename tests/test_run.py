@@ -66,7 +66,8 @@ def test_a_failure_is_told_in_one_line_and_kept(home, capfd, source, told):
     assert main(["run"]) == 1
     out, err = capfd.readouterr()
     assert out.splitlines()[-1].endswith("failed")
-    assert err.count("\n") == 1 and "00_bad" in err and told in err
+    (line,) = [line for line in err.splitlines() if line.startswith("snapgen: ")]  # a dying kernel may have its own last words
+    assert "00_bad" in line and told in line and "Traceback" not in err
     assert os.listdir(home / "exports" / "runs" / "notebooks") == ["00_bad.ipynb"]
 
 
