@@ -265,7 +265,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(module.parameters(), settings.clip_norm)
             figures = {"loss": loss, **figures, "grad_norm": norm}
-            figures = {name: value.item() for name, value in figures.items()}  # once: on a GPU each read waits for the device
+            figures = {name: value.item() for name, value in figures.items()}  # read last: on a GPU that waits for the device
             seconds = time.monotonic() - began
             broken = not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]))
             broken, stop = _in_any_process(accelerator, broken, bool(stopped) or (minutes is not None and seconds >= 60 * minutes))
