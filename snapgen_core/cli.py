@@ -14,8 +14,9 @@ from typing import NoReturn
 from .errors import UserError
 from .threads import cap_threads
 
-TRAIN_STAGES = ("autoencoder", "text", "detector", "base")
+TRAIN_STAGES = ("autoencoder", "text", "detector", "base", "ablation")
 PICTURE_STAGES = ("base",)
+BENCHMARKS = ("unet",)
 LONGEST_LINE = 300
 
 
@@ -134,6 +135,17 @@ def _add_prepare(commands) -> None:
                          help="the first N scenes, in steps of 4,096 (default: all that stage base trains on)")
 
 
+def _add_bench(commands) -> None:
+    bench = _add(commands, "bench", "time a network beside those that one might take instead",
+                 "  snapgen bench unet --only ours --only dreamlite\n"
+                 "  snapgen bench unet --json exports/results/bench-unet.json")
+    bench.add_argument("what", choices=BENCHMARKS, metavar="WHAT", help=", ".join(BENCHMARKS) + ", at the paper's size")
+    bench.add_argument("--only", action="append", metavar="NAME",
+                       help="measure this model alone; may be repeated (a wrong name lists the choices)")
+    bench.add_argument("--runs", type=_number(int, 1, 1000), default=3, metavar="N", help="timed passes of each (default: 3)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(
@@ -144,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_train, _add_generate, _add_evaluate, _add_prepare):
+    for add in (_add_run, _add_train, _add_generate, _add_evaluate, _add_prepare, _add_bench):
         add(commands)
     _add(commands, "doctor", "check this machine and installation, and say what to do", "  snapgen doctor")
     return parser
@@ -168,6 +180,8 @@ def _call(args: argparse.Namespace) -> int:
         from .commands.evaluate import evaluate as command
     elif args.command == "prepare":
         from .commands.prepare import prepare as command
+    elif args.command == "bench":
+        from .commands.bench import bench as command
     else:
         from .commands.doctor import doctor as command
     return command(args)

@@ -105,6 +105,24 @@ _E = replace(_D, kv_heads=1)
 _F = replace(_E, transformer_depth=(1, 2, 4), residual_blocks=(False, True, True))
 _G = replace(_F, qk_norm=True, rope=True)
 
+
+def _tiny_twin(step: UNetPreset) -> UNetPreset:
+    """The same step of the ablation at tiny: three stages as in the paper (8x8, 4x4, 2x2), an eighth to a quarter as
+    wide and half as deep. The heads narrow with the widths, so that a shared one has something to replace."""
+    return replace(
+        step,
+        in_channels=16,
+        out_channels=16,
+        context_dim=384,
+        channels=(64, 64, 96),
+        transformer_depth=tuple((depth + 1) // 2 for depth in step.transformer_depth),
+        layers_per_block=1,
+        head_dim=16,
+        time_embed_dim=256,
+    )
+
+
+ABLATION = ("a", "b", "c", "d", "e", "f", "g")  # the rows of Fig. 3 that are kept
 UNET_PRESETS = {
     # Two stages, 8x8 and 4x4: a third would be 2x2, too coarse to place anything. The first one keeps its residual
     # blocks beside the cross-attention: a token is an eighth of the picture wide, so no other stage sees edges. In 16
@@ -129,4 +147,5 @@ UNET_PRESETS = {
     "ablation-e": _E,
     "ablation-f": _F,
     "ablation-g": _G,
+    **{f"tiny-ablation-{letter}": _tiny_twin(step) for letter, step in zip(ABLATION, (_A, _B, _C, _D, _E, _F, _G))},
 }

@@ -15,6 +15,7 @@ from snapgen_core.errors import UserError
 from snapgen_core.profile import count_macs, count_parameters
 from snapgen_core.scales import UNET_PRESETS, UNetPreset, get_scale
 from snapgen_core.unet import SnapGenUNet
+from snapgen_core.unet import attention as attention_module
 from snapgen_core.unet.attention import Attention, AttentionOptions, FeedForward, Rope2d, rotate
 from snapgen_core.unet.blocks import ResidualBlock, conv3x3
 from snapgen_core.unet.network import timestep_embedding
@@ -395,6 +396,40 @@ def test_16_bits_stay_close_to_fp32(dtype, error):
     out = unet.to(dtype)(sample.to(dtype), t, context.to(dtype)).sample
     assert out.dtype == dtype
     assert (out.float() - expected).abs().max() < error * expected.std()
+
+
+@pytest.mark.parametrize("batch, size", [(1, 8), (3, 7)])
+def test_slices_give_what_the_whole_gives(batch, size, monkeypatch):
+    unet = small_unet().eval()
+    args = inputs(batch, size, size)
+    seen = []
+    unet.up_blocks[-1].blocks[0].transformer.layers[0].ffn.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    results = []
+    for tokens in (10**6, 24):
+        monkeypatch.setattr(attention_module, "SLICE", tokens)
+        with torch.no_grad():
+            results.append(unet(*args).sample)
+    assert len(seen) > 2 and sum(seen[1:]) == seen[0] == size**2 and max(seen[1:]) == 24 // batch
+    assert torch.allclose(*results, atol=1e-5)
+    seen.clear()
+    unet(*args).sample.sum().backward()  # with gradients everything has to be kept, and slices would save nothing
+    assert seen == [size**2]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_a_graph_break(training):
+    unet = small_unet(SMALLEST).train(training)
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    results = []
+    for module in (unet, compiled):
+        for parameter in unet.parameters():
+            parameter.grad = None
+        with torch.set_grad_enabled(training):
+            out = module(*inputs()).sample
+        if training:
+            out.square().sum().backward()
+        results.append([out, *(p.grad for p in unet.parameters() if training)])
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*results))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -12,6 +12,7 @@ from .sceneeval import (
     scene_prompts,
 )
 from .truth import near_misses, true_detections, validate_detector
+from .validation import validation_batch, validation_losses
 
 __all__ = [
     "COUNTING_THRESHOLD",
@@ -31,4 +32,6 @@ __all__ = [
     "scene_prompts",
     "true_detections",
     "validate_detector",
+    "validation_batch",
+    "validation_losses",
 ]

@@ -30,8 +30,14 @@ def _base(scale: str, seed: int) -> Stage:
     return BaseStage(scale, seed)
 
 
+def _ablation(scale: str, seed: int) -> Stage:
+    from .ablation import AblationStage
+
+    return AblationStage(scale, seed)
+
+
 # In the order in which they are trained: each builds on those before. A new stage is a new file and one line.
-STAGES: dict[str, Callable[[str, int], Stage]] = {"autoencoder": _autoencoder, "text": _text, "detector": _detector, "base": _base}
+STAGES: dict[str, Callable[[str, int], Stage]] = {"autoencoder": _autoencoder, "text": _text, "detector": _detector, "base": _base, "ablation": _ablation}
 
 
 def build_stage(name: str, scale: str, seed: int = 0) -> Stage:

@@ -50,6 +50,13 @@ class TrainingSet:
         return self.scenes.latents[rows].float(), fuse(*drop_encoders(parts, generator=generator))
 
 
+def draw_batch(data: TrainingSet, count: int, generator: torch.Generator, shift: float) -> dict[str, Tensor]:
+    """What `BaseTraining` takes: random scenes of `data`, fresh noise, and noise levels of Sec. 4."""
+    x0, context = data.draw(count, generator)
+    eps = torch.randn(x0.shape, generator=generator)
+    return {"x0": x0, "eps": eps, "sigma": flow.sample_sigmas(count, generator, shift), "context": context}
+
+
 class BaseStage:
     """See `snapgen_core.train.Stage`."""
 
@@ -70,11 +77,7 @@ class BaseStage:
         self.data  # noqa: B018
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        generator = step_generator(self.seed, step, rank)
-        count = self.settings.batch_size // world
-        x0, context = self.data.draw(count, generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        return {"x0": x0, "eps": eps, "sigma": flow.sample_sigmas(count, generator, get_scale(self.scale).shift), "context": context}
+        return draw_batch(self.data, self.settings.batch_size // world, step_generator(self.seed, step, rank), get_scale(self.scale).shift)
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ Names in shapes: B batch, C channels, S = H * W image tokens, L context tokens, 
 K key/value heads, E head width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -93,12 +94,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, S, C), context (B, L, D), rope = (cos, sin) (S, 1, E / 2) -> (B, S, C)."""
-        source = x if context is None else context
-        q = self.norm_q(self.to_q(x).unflatten(-1, (self.heads, self.head_dim)))  # (B, S, N, E)
-        k = self.norm_k(self.to_k(source).unflatten(-1, (self.kv_heads, self.head_dim)))  # (B, L, K, E)
+        return self.attend(x, *self.keys_and_values(x if context is None else context, rope), rope)
+
+    def keys_and_values(self, source: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Of image or text tokens (B, L, D): two tensors (B, L, K, E)."""
+        k = self.norm_k(self.to_k(source).unflatten(-1, (self.kv_heads, self.head_dim)))
         v = self.to_v(source).unflatten(-1, (self.kv_heads, self.head_dim))
+        return k if rope is None else rotate(k, *rope), v
+
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What the tokens x (B, S, C) read from k and v (B, L, K, E): (B, S, C)."""
+        q = self.norm_q(self.to_q(x).unflatten(-1, (self.heads, self.head_dim)))  # (B, S, N, E)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q = rotate(q, *rope)
         # Heads that share keys and values are just more queries to them: no K or V is ever repeated, and with one
         # shared head (or none shared) nothing is copied either.
         group = self.heads // self.kv_heads
@@ -137,8 +145,31 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         if self.self_attention is not None:
             x = x + self.self_attention(self.norm_self(x), rope=rope)
-        x = x + self.cross_attention(self.norm_cross(x), context)
-        return x + self.ffn(self.norm_ffn(x))
+        k, v = self.cross_attention.keys_and_values(context)
+
+        def each_token(x: Tensor) -> Tensor:
+            x = x + self.cross_attention.attend(self.norm_cross(x), k, v)
+            return x + self.ffn(self.norm_ffn(x))
+
+        return in_slices(each_token, x)
+
+
+SLICE = 2048  # tokens
+
+
+def in_slices(each_token: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """each_token(x) for x (B, S, C), where every token is treated by itself.
+
+    The hidden channels of 128 x 128 tokens take 100 MB, which a CPU is slower to fetch from the system than to compute.
+    Where nothing has to be kept for a backward pass they are made and used up slice by slice, in memory that it holds.
+    """
+    size = max(1, SLICE // len(x))
+    if x.shape[1] <= size or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return each_token(x)
+    out = torch.empty_like(x)
+    for part, place in zip(x.split(size, dim=1), out.split(size, dim=1)):
+        place.copy_(each_token(part))
+    return out
 
 
 class Transformer(nn.Module):

@@ -170,7 +170,9 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
         time = timestep_embedding(timestep.expand(len(sample)), self.time_embed[0].in_features)
         time = self.time_embed(time.to(sample.dtype))
 
-        x = self.conv_in(sample)
+        # Channels last from here on: a pixel's channels are then a token as it stands, and nothing is copied between
+        # convolutions and transformers.
+        x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for stage in self.down_blocks:
             skips += stage(skips[-1], time, encoder_hidden_states)
