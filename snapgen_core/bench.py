@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
@@ -59,13 +59,14 @@ def count(contender: Contender) -> tuple[int, int]:
         return count_parameters(model), count_macs(model, **contender.inputs())
 
 
-def _with_random_weights(contender: Contender, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def with_random_weights(build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model with small random weights: far quicker than its own initialisation, and the work is the same."""
     with init_empty_weights():
-        model = contender.build()
+        model = build()
+    noise = torch.empty(2**20, device=device, dtype=dtype).uniform_(-0.02, 0.02)  # again and again: drawing takes long
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            weights = torch.empty(parameter.shape, device=device, dtype=dtype).uniform_(-0.02, 0.02)
+            weights = noise.repeat(-(-parameter.numel() // len(noise)))[: parameter.numel()].clone().view(parameter.shape)
             setattr(module, name, nn.Parameter(weights, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device, dtype if buffer.is_floating_point() else None))
@@ -76,6 +77,15 @@ def _placed(value, device: torch.device, dtype: torch.dtype):
     if isinstance(value, dict):
         return {name: _placed(inner, device, dtype) for name, inner in value.items()}
     return value.to(device, dtype)
+
+
+def _convolutional(model: nn.Module) -> bool:
+    """Whether the memory layout matters: a transformer's one convolution, which makes patches, does not count."""
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
+
+
+def _arrange(model: nn.Module, layout: str) -> None:
+    model.to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
 
 
 def _channels_last(value: Tensor | dict):
@@ -89,21 +99,20 @@ def measure(contender: Contender, runs: int) -> dict[str, float | str]:
     peak = matmul_peak(device, dtype)
     before = psutil.Process().memory_info().rss / 2**30
     torch.manual_seed(0)
-    model = _with_random_weights(contender, device, dtype)
+    model = with_random_weights(contender.build, device, dtype)
     inputs = _placed(contender.inputs(), device, dtype)
     if contender.compiled:
         model = torch.compile(model)
+        model(**inputs)
     layouts = {"plain": inputs}
-    model(**inputs)  # the first call also fetches memory and picks kernels
-    warm = {"plain": min(timed(lambda: model(**inputs), 1, device))}
-    if not contender.compiled:
-        model.to(memory_format=torch.channels_last)
+    if _convolutional(model):
         layouts["channels_last"] = {name: _channels_last(value) for name, value in inputs.items()}
-        model(**layouts["channels_last"])
-        warm["channels_last"] = min(timed(lambda: model(**layouts["channels_last"]), 1, device))
+    warm = {}  # seconds of a first call, which also fetches memory and picks kernels
+    for layout in layouts:
+        _arrange(model, layout)
+        warm[layout] = timed(lambda: model(**layouts[layout]), 1, device)[0]
     layout = min(warm, key=warm.get)
-    if layout == "plain":
-        model.to(memory_format=torch.contiguous_format)
+    _arrange(model, layout)
     seconds = timed(lambda: model(**layouts[layout]), runs, device)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_memory() - before
     return {"seconds": statistics.median(seconds), "slowest": max(seconds), "fastest": min(seconds), "layout": layout, "matmul_gflops": peak, "memory_gib": memory}

@@ -130,4 +130,12 @@ UNETS = {
     "sd3": Contender("SD3-medium transformer", _sd3, _sd3_inputs),
     "sdxl": Contender("SDXL UNet", _sdxl, _sdxl_inputs),
 }
-BENCHMARKS = {"unet": UNETS}
+
+
+def _step(letter: str) -> Contender:
+    inputs = lambda: {"sample": _latent(8), "timestep": _time(), "encoder_hidden_states": _context(77, 768)}  # noqa: E731
+    return Contender(f"({letter})", lambda: SnapGenUNet.from_preset(f"ablation-{letter}"), inputs)
+
+
+CHAIN = {letter: _step(letter) for letter in ("a", "b", "c0", "c", "d", "e", "f", "g")}  # Fig. 2 and 3, on ImageNet
+BENCHMARKS = {"unet": UNETS, "chain": CHAIN}

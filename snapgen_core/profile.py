@@ -20,9 +20,16 @@ def count_macs(module: nn.Module, *args, **kwargs) -> int:
     work are left out. Runs one forward pass without gradients: build module and inputs under `torch.device("meta")`,
     and it costs neither time nor memory, and gives the same number.
     """
+    return macs_by_module(module, *args, **kwargs)[""]
+
+
+def macs_by_module(module: nn.Module, *args, **kwargs) -> dict[str, int]:
+    """As `count_macs`, for each submodule by its name in `named_modules`; "" is the whole. Without any MACs: left out."""
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         module(*args, **kwargs)
-    return counter.get_total_flops() // 2
+    root = type(module).__name__
+    counted = {name.removeprefix(root).removeprefix("."): sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items() if name != "Global"}
+    return counted | {"": counter.get_total_flops() // 2}
 
 
 def _attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:

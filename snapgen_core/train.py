@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -163,19 +163,6 @@ def load_checkpoint(run_dir: Path, identity: dict) -> tuple[dict[str, Tensor], d
         if facts["identity"].get(key) != value:
             raise UserError(f"{run_dir} holds a run with {key} {facts['identity'].get(key)!r}, not {value!r}: choose another --run-dir")
     return tensors, facts
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load `path` (safetensors) into `module`; a truncated or foreign file is a UserError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-        missing = set(module.state_dict()) - names
-        if missing:
-            raise UserError(f"{path} is not a checkpoint of this model: it lacks {len(missing)} tensors, {min(missing)} first")
-        module.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"cannot load {path}: {reason(error)}") from None
 
 
 # ------------------------------------------------------------------------------------------------- the loop

@@ -24,7 +24,7 @@ from snapgen_core.pipeline import build
 from snapgen_core.unet import SnapGenUNet
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("run", "train", "generate", "evaluate", "prepare", "doctor")
+COMMANDS = ("run", "train", "generate", "evaluate", "prepare", "bench", "doctor")
 GOOD = ["generate", "a red car", "--steps", "1"]
 
 
@@ -76,12 +76,14 @@ def test_help_loads_nothing_heavy():
 
 
 def test_choices_are_the_librarys():
+    from snapgen_core.peers import BENCHMARKS
     from snapgen_core.pipeline import PICTURE_STAGES as picture_stages
     from snapgen_core.scales import SCALE_NAMES
     from snapgen_core.stages import STAGES
 
     assert cli.TRAIN_STAGES == tuple(STAGES)
     assert cli.PICTURE_STAGES == picture_stages
+    assert cli.BENCHMARKS == tuple(BENCHMARKS)
     assert all("{" + ",".join(SCALE_NAMES) + "}" in cli.build_parser()._subparsers._group_actions[0].choices[name].format_help() for name in COMMANDS)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from snapgen_core.profile import cost, count_macs, count_parameters, peak_memory
+from snapgen_core.profile import cost, count_macs, count_parameters, macs_by_module, peak_memory
 
 
 class SelfAttention(nn.Module):
@@ -39,6 +39,12 @@ def test_parameters_count_shared_tensors_once():
 )
 def test_macs(module, shape, macs, device):
     assert count_macs(module.to(device), torch.zeros(shape, device=device)) == macs
+
+
+def test_macs_of_each_module_add_up():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Sequential(nn.SiLU(), nn.Conv2d(6, 2, 1)))
+    macs = macs_by_module(model, torch.zeros(2, 4, 8, 8))
+    assert macs == {"": 2 * 64 * (216 + 12), "0": 2 * 64 * 216, "1": 2 * 64 * 12, "1.1": 2 * 64 * 12}
 
 
 def test_macs_takes_keyword_arguments_and_leaves_no_gradients():

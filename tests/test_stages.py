@@ -1,14 +1,20 @@
 """The autoencoder and base stages: their losses by hand, pure batches, warm starts, and what ships."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from snapgen_core import flow
 from snapgen_core.errors import UserError
+from snapgen_core.evaluate import validation_batch, validation_losses
 from snapgen_core.latents import encode, load_autoencoder
 from snapgen_core.paths import checkpoint_dir
+from snapgen_core.pipeline import load_unet
+from snapgen_core.scales import ABLATION, UNET_PRESETS
 from snapgen_core.scenes import draw_scene
 from snapgen_core.stages import STAGES, build_stage
+from snapgen_core.stages.ablation import AblationStage
 from snapgen_core.stages.autoencoder import AutoencoderStage, psnr, reconstruct
 from snapgen_core.stages.base import BaseTraining
 from snapgen_core.unet import SnapGenUNet
@@ -55,6 +61,58 @@ def test_warm_autoencoder_trains_the_decoder_alone_and_keeps_the_latent(tmp_path
     stage.save(tmp_path)
     shipped, again = load_autoencoder("tiny"), load_autoencoder("tiny", tmp_path / "autoencoder")
     assert torch.equal(encode(shipped, unseen(1)), encode(again, unseen(1)))
+
+
+def test_ablation_trains_each_network_as_if_alone():
+    stage = AblationStage("tiny", 0)
+    assert list(stage.module.unets) == list(ABLATION) and len(ABLATION) == 7
+    generator = torch.Generator().manual_seed(0)
+    batch = {name: torch.randn(2, 16, 8, 8, generator=generator) for name in ("x0", "eps")}
+    batch |= {"sigma": torch.tensor([0.3, 0.8]), "context": torch.randn(2, 48, 384, generator=generator)}
+    loss, figures = stage.module(**batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(value.item() for value in figures.values()))
+    for letter, unet in stage.module.unets.items():
+        together = {name: p.grad.clone() for name, p in unet.named_parameters()}
+        unet.zero_grad()
+        alone, _ = BaseTraining(unet)(**batch)
+        alone.backward()
+        assert alone.item() == pytest.approx(figures[f"loss_{letter}"].item())
+        assert all(torch.allclose(p.grad, together[name], atol=1e-6) for name, p in unet.named_parameters())
+
+
+def test_ablation_seeds_differ_and_its_folders_load(tmp_path):
+    one, other = AblationStage("tiny", 0), AblationStage("tiny", 1)
+    assert not torch.equal(one.module.unets["g"].conv_in.weight, other.module.unets["g"].conv_in.weight)
+    folders = one.save(tmp_path)
+    assert [folder.name for folder in folders] == [f"ablation-{letter}" for letter in ABLATION]
+    loaded = load_unet(folders[-1]).state_dict()
+    assert all(torch.allclose(tensor, loaded[name], atol=1e-3) for name, tensor in one.module.unets["g"].state_dict().items())
+    with pytest.raises(UserError, match="from scratch"):
+        one.load(tmp_path)
+    with pytest.raises(UserError, match="tiny only"):
+        AblationStage("paper", 0)
+
+
+def test_tiny_ablation_has_the_switches_of_the_papers():
+    for letter in ABLATION:
+        tiny, paper = UNET_PRESETS[f"tiny-ablation-{letter}"], UNET_PRESETS[f"ablation-{letter}"]
+        for switch in ("self_attention", "separable_conv", "expansion", "ffn_ratio", "kv_heads", "residual_blocks", "qk_norm", "rope"):
+            assert getattr(tiny, switch) == getattr(paper, switch), (letter, switch)
+        assert [depth > 0 for depth in tiny.transformer_depth] == [depth > 0 for depth in paper.transformer_depth]
+
+
+def test_validation_is_the_same_for_all_and_of_the_trainings_levels():
+    a, b = validation_batch("tiny", 24), validation_batch("tiny", 24)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    drawn = flow.sample_sigmas(100_000, torch.Generator().manual_seed(0))
+    assert a["sigma"].mean().item() == pytest.approx(drawn.mean().item(), abs=0.01)
+    assert a["sigma"].std().item() == pytest.approx(drawn.std().item(), abs=0.02)
+    truth = lambda x, t, context: SimpleNamespace(sample=a["eps"][: len(x)] - a["x0"][: len(x)])  # noqa: E731
+    assert validation_losses(truth, a).abs().max() < 1e-6
+    nothing = lambda x, t, context: SimpleNamespace(sample=torch.zeros_like(x))  # noqa: E731
+    expected = (a["eps"] - a["x0"]).square().mean(dim=(1, 2, 3))
+    assert torch.allclose(validation_losses(nothing, a, size=7), expected)
 
 
 def test_scales_with_pretrained_parts_have_nothing_to_train():

@@ -58,7 +58,10 @@ class LineStage:
 
     def load(self, root):
         self.loaded = True
-        loop.load_weights(self.module, root / "line" / "model.safetensors")
+        path = root / "line" / "model.safetensors"
+        if not path.exists():
+            raise UserError(f"cannot load {path}")
+        self.module.load_state_dict(load_file(path))
 
 
 def test_trains_logs_and_scores(tmp_path):
@@ -147,7 +150,7 @@ def test_kill_minus_9_and_resume_is_bit_identical(tmp_path, kill_after_step):
 def test_a_time_budget_ends_with_usable_weights(tmp_path):
     path = train(LineStage(pause=0.01), tmp_path, minutes=0.01, progress=False)
     stage = LineStage(seed=1)
-    loop.load_weights(stage.module, path)
+    stage.module.load_state_dict(load_file(path))
     assert 0 < json.loads((tmp_path / "result.json").read_text())["steps"] < 1000
 
 
@@ -241,15 +244,6 @@ def test_damaged_checkpoint_is_one_clear_error(tmp_path):
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot read the checkpoint"):
         train(LineStage(), tmp_path, progress=False)
-
-
-def test_weights_of_another_model_are_refused(tmp_path):
-    path = train(LineStage(), tmp_path, steps=1, progress=False)
-    with pytest.raises(UserError, match="not a checkpoint of this model"):
-        loop.load_weights(nn.Linear(2, 2), path)
-    path.write_bytes(b"not safetensors")
-    with pytest.raises(UserError, match="cannot load"):
-        loop.load_weights(LineStage().module, path)
 
 
 def test_ema_matches_the_recursion_by_hand():

@@ -39,8 +39,9 @@ def bench(args: argparse.Namespace) -> int:
     unknown = [name for name in args.only or () if name not in contenders]
     if unknown:
         raise UserError(f"unknown model {unknown[0]!r}: choose among {', '.join(contenders)}")
-    names = [name for name in contenders if not args.only or name in args.only]
     device, dtype = benchmark.device_and_dtype()
+    usual = [name for name in contenders if device.type == "cuda" or not contenders[name].compiled]  # on CPUs it gains little
+    names = [name for name in contenders if name in args.only] if args.only else usual
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"one forward pass, batch 1, {str(dtype).removeprefix('torch.')}, {machine}, median of {args.runs}")
     _print(HEADER)

@@ -48,7 +48,7 @@ class AblationStage:
         torch.manual_seed(seed)
         self.module = AblationTraining().to(memory_format=torch.channels_last)
         # The gradient's norm is that of seven networks together, where each alone would be clipped at 1.
-        self.settings = TrainSettings(batch_size=32, learning_rate=8e-4, steps=1_200, clip_norm=len(ABLATION) ** 0.5)
+        self.settings = TrainSettings(batch_size=32, learning_rate=8e-4, steps=1_000, clip_norm=len(ABLATION) ** 0.5)
 
     @cached_property
     def data(self) -> TrainingSet:

@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        return self.shortcut(x) + h
+        return h.add_(self.shortcut(x))  # in place: at 128x128 a new tensor costs more than the sum
 
 
 class Downsample(nn.Module):
