@@ -107,7 +107,7 @@ _G = replace(_F, qk_norm=True, rope=True)
 
 
 def _tiny_twin(step: UNetPreset) -> UNetPreset:
-    """The same step of the ablation at tiny: three stages as in the paper (8x8, 4x4, 2x2), an eighth to a quarter as
+    """The same step of the ablation at tiny: three stages as in the paper (8x8, 4x4, 2x2), a ninth to a quarter as
     wide and half as deep. The heads narrow with the widths, so that a shared one has something to replace."""
     return replace(
         step,
@@ -123,6 +123,7 @@ def _tiny_twin(step: UNetPreset) -> UNetPreset:
 
 
 ABLATION = ("a", "b", "c", "d", "e", "f", "g")  # the rows of Fig. 3 that are kept
+
 UNET_PRESETS = {
     # Two stages, 8x8 and 4x4: a third would be 2x2, too coarse to place anything. The first one keeps its residual
     # blocks beside the cross-attention: a token is an eighth of the picture wide, so no other stage sees edges. In 16

@@ -42,9 +42,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        return h.add_(self.shortcut(x))  # in place: at 128x128 a new tensor costs more than the sum
+        in_place = not torch.is_grad_enabled()  # a backward pass needs what came in, and would have it copied
+        h = self.conv1(F.silu(self.norm1(x), in_place))
+        h = self.conv2(F.silu(self.norm2(h), in_place))
+        return self.shortcut(x) + h
 
 
 class Downsample(nn.Module):
