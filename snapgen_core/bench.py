@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .peers import BENCHMARKS, Contender
 from .profile import count_macs, count_parameters, peak_memory
+from .unet import SnapGenUNet
 
 ACTIVATIONS_GIB = 3.0  # beside the weights; baseline and SDXL stay below it at 1024 pixels
 
@@ -73,19 +74,34 @@ def with_random_weights(build: Callable[[], nn.Module], device: torch.device, dt
     return model.eval()
 
 
+class Forward:
+    """A contender's forward pass, called once already: the first call also fetches memory and picks kernels."""
+
+    def __init__(self, contender: Contender, device: torch.device, dtype: torch.dtype):
+        torch.manual_seed(0)
+        self.model = with_random_weights(contender.build, device, dtype)
+        self.inputs = _placed(contender.inputs(), device, dtype)
+        # A transformer's one convolution makes patches; our networks turn to channels last by themselves.
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in self.model.modules())
+        two_layouts = convolutions > 1 and not contender.compiled and not isinstance(self.model, SnapGenUNet)
+        self.layouts = ("as_built", "channels_last") if two_layouts else ("as_built",)
+        if contender.compiled:
+            self.model = torch.compile(self.model)
+        self()
+
+    def turn_to_channels_last(self) -> None:
+        self.model.to(memory_format=torch.channels_last)
+        self.inputs = {name: _channels_last(value) for name, value in self.inputs.items()}
+        self()
+
+    def __call__(self) -> None:
+        self.model(**self.inputs)
+
+
 def _placed(value, device: torch.device, dtype: torch.dtype):
     if isinstance(value, dict):
         return {name: _placed(inner, device, dtype) for name, inner in value.items()}
     return value.to(device, dtype)
-
-
-def _convolutional(model: nn.Module) -> bool:
-    """Whether the memory layout matters: a transformer's one convolution, which makes patches, does not count."""
-    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
-
-
-def _arrange(model: nn.Module, layout: str) -> None:
-    model.to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
 
 
 def _channels_last(value: Tensor | dict):
@@ -93,29 +109,29 @@ def _channels_last(value: Tensor | dict):
 
 
 @torch.no_grad()
-def measure(contender: Contender, runs: int) -> dict[str, float | str]:
-    """Time and memory of a forward pass at batch 1, in the faster of the two memory layouts."""
+def measure(kind: str, name: str, runs: int) -> dict:
+    """Memory of a forward pass at batch 1, and its times: as the model is built, and with channels last where that matters.
+
+    A machine's speed changes from minute to minute. So the network that this one is compared with (`Contender.beside`)
+    and a matrix product take turns with it: what happens to one happens to all, and ratios can be trusted.
+    """
     device, dtype = device_and_dtype()
-    peak = matmul_peak(device, dtype)
+    contender = BENCHMARKS[kind][name]
     before = psutil.Process().memory_info().rss / 2**30
-    torch.manual_seed(0)
-    model = with_random_weights(contender.build, device, dtype)
-    inputs = _placed(contender.inputs(), device, dtype)
-    if contender.compiled:
-        model = torch.compile(model)
-    model(**inputs)  # untimed: the first call also fetches memory, which would speak against the first layout
-    layouts = {"plain": inputs}
-    if not contender.compiled and _convolutional(model):
-        layouts["channels_last"] = {name: _channels_last(value) for name, value in inputs.items()}
-    warm = {}  # seconds of one call in each layout
-    for layout in layouts:
-        _arrange(model, layout)
-        warm[layout] = timed(lambda: model(**layouts[layout]), 1, device)[0]
-    layout = min(warm, key=warm.get)
-    _arrange(model, layout)
-    seconds = timed(lambda: model(**layouts[layout]), runs, device)
+    forward = Forward(contender, device, dtype)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_memory() - before
-    return {"seconds": statistics.median(seconds), "slowest": max(seconds), "fastest": min(seconds), "layout": layout, "matmul_gflops": peak, "memory_gib": memory}
+    beside = Forward(BENCHMARKS[kind][contender.beside], device, dtype) if contender.beside else None
+    peaks, layouts = [], {}
+    for layout in forward.layouts:
+        if layout == "channels_last":
+            forward.turn_to_channels_last()
+        seconds, beside_seconds = [], []
+        for _ in range(runs):
+            peaks.append(matmul_peak(device, dtype))
+            seconds += timed(forward, 1, device)
+            beside_seconds += timed(beside, 1, device) if beside else []
+        layouts[layout] = {"seconds": seconds, "beside_seconds": beside_seconds}
+    return {"memory_gib": memory, "matmul_gflops": max(peaks), "layouts": layouts}
 
 
 def _room_gib(device: torch.device) -> float:
@@ -124,12 +140,14 @@ def _room_gib(device: torch.device) -> float:
     return psutil.virtual_memory().available / 2**30
 
 
-def run_one(kind: str, name: str, runs: int) -> dict:
+def run(kind: str, name: str, runs: int) -> dict:
     """One line of a benchmark, measured in a new process; {"skipped": why} where it does not fit or does not run."""
     device, dtype = device_and_dtype()
-    parameters, macs = count(BENCHMARKS[kind][name])
-    line = {"name": name, "title": BENCHMARKS[kind][name].title, "parameters": parameters, "macs": macs}
-    needed, room = parameters * dtype.itemsize / 2**30 + ACTIVATIONS_GIB, _room_gib(device)
+    contender = BENCHMARKS[kind][name]
+    parameters, macs = count(contender)
+    line = {"name": name, "title": contender.title, "beside": contender.beside, "parameters": parameters, "macs": macs}
+    both = parameters + (count(BENCHMARKS[kind][contender.beside])[0] if contender.beside else 0)
+    needed, room = both * dtype.itemsize / 2**30 + ACTIVATIONS_GIB, _room_gib(device)
     if needed > room:
         return line | {"skipped": f"needs about {needed:.0f} GiB of memory, {room:.0f} are free"}
     child = subprocess.run([sys.executable, "-m", __name__, kind, name, str(runs)], capture_output=True, text=True)
@@ -138,22 +156,15 @@ def run_one(kind: str, name: str, runs: int) -> dict:
     if child.returncode:
         return line | {"skipped": (child.stderr.strip().splitlines() or ["no reason given"])[-1]}
     line |= json.loads(child.stdout.splitlines()[-1])
-    gflops = 2 * macs / line["seconds"] / 1e9
+    for times in line["layouts"].values():
+        times["median"] = statistics.median(times["seconds"])
+        ratios = [own / other for own, other in zip(times["seconds"], times["beside_seconds"])]
+        if ratios:
+            times |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    gflops = 2 * macs / line["layouts"]["as_built"]["median"] / 1e9
     floor = 2 * macs / line["matmul_gflops"] / 1e9
     return line | {"gflops": gflops, "share_of_peak": gflops / line["matmul_gflops"], "floor_seconds": floor}
 
 
-def run(kind: str, names: list[str], runs: int) -> Iterator[dict]:
-    """The lines of benchmark `kind`, as they are measured; ratios to "ours" where that is among those before."""
-    ours = None
-    for name in names:
-        line = run_one(kind, name, runs)
-        if name == "ours":
-            ours = line
-        if ours and "skipped" not in line and "skipped" not in ours:
-            line |= {"times_ours": line["seconds"] / ours["seconds"], "memory_times_ours": line["memory_gib"] / ours["memory_gib"]}
-        yield line
-
-
 if __name__ == "__main__":
-    print(json.dumps(measure(BENCHMARKS[sys.argv[1]][sys.argv[2]], int(sys.argv[3]))))
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

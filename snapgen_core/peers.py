@@ -16,11 +16,13 @@ from .unet import SnapGenUNet
 
 @dataclass(frozen=True)
 class Contender:
-    """One line of a benchmark. `inputs` gives the arguments of a forward pass at batch 1, on the default device."""
+    """One line of a benchmark. `inputs` gives the arguments of a forward pass at batch 1, on the default device; `beside`
+    names the line that it is compared with."""
 
     title: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict]
+    beside: str | None = None
     compiled: bool = False
 
 
@@ -88,6 +90,10 @@ def _sd15() -> nn.Module:
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
 
 
+def _sd15_inputs() -> dict:
+    return {"sample": _latent(4), "timestep": _time(), "encoder_hidden_states": _context(77, 768)}
+
+
 def _sd3() -> nn.Module:
     from diffusers import SD3Transformer2DModel
 
@@ -121,21 +127,26 @@ def _sana_inputs() -> dict:
 
 UNETS = {
     "ours": Contender("SnapGen UNet (paper)", lambda: SnapGenUNet.from_preset("paper"), _ours),
-    "compiled": Contender("... with torch.compile", lambda: SnapGenUNet.from_preset("paper"), _ours, compiled=True),
-    "baseline": Contender("our baseline (a)", _baseline, _ours),
-    "dreamlite": Contender("DreamLite UNet", _dreamlite, _ours),
-    "sana": Contender("Sana 1.6B (32x32 latent)", _sana, _sana_inputs),
-    "pixart": Contender("PixArt-alpha", _pixart, _pixart_inputs),
-    "sd15": Contender("SD 1.5 UNet", _sd15, lambda: {"sample": _latent(4), "timestep": _time(), "encoder_hidden_states": _context(77, 768)}),
-    "sd3": Contender("SD3-medium transformer", _sd3, _sd3_inputs),
-    "sdxl": Contender("SDXL UNet", _sdxl, _sdxl_inputs),
+    "compiled": Contender("... with torch.compile", lambda: SnapGenUNet.from_preset("paper"), _ours, "ours", compiled=True),
+    "baseline": Contender("our baseline (a)", _baseline, _ours, "ours"),
+    "dreamlite": Contender("DreamLite UNet", _dreamlite, _ours, "ours"),
+    "sana": Contender("Sana 1.6B (32x32 latent)", _sana, _sana_inputs, "ours"),
+    "pixart": Contender("PixArt-alpha", _pixart, _pixart_inputs, "ours"),
+    "sd15": Contender("SD 1.5 UNet", _sd15, _sd15_inputs, "ours"),
+    "sd3": Contender("SD3-medium transformer", _sd3, _sd3_inputs, "ours"),
+    "sdxl": Contender("SDXL UNet", _sdxl, _sdxl_inputs, "ours"),
 }
 
 
-def _step(letter: str) -> Contender:
-    inputs = lambda: {"sample": _latent(8), "timestep": _time(), "encoder_hidden_states": _context(77, 768)}  # noqa: E731
-    return Contender(f"({letter})", lambda: SnapGenUNet.from_preset(f"ablation-{letter}"), inputs)
+def _step_inputs() -> dict:
+    return {"sample": _latent(8), "timestep": _time(), "encoder_hidden_states": _context(77, 768)}
 
 
-CHAIN = {letter: _step(letter) for letter in ("a", "b", "c0", "c", "d", "e", "f", "g")}  # Fig. 2 and 3, on ImageNet
+def _step(letter: str, before: str | None = None) -> Contender:
+    return Contender(f"({letter})", lambda: SnapGenUNet.from_preset(f"ablation-{letter}"), _step_inputs, before)
+
+
+# Fig. 2 and 3, on ImageNet, each step beside the one before; c0 and c both follow b.
+BEFORE = {"a": None, "b": "a", "c0": "b", "c": "b", "d": "c", "e": "d", "f": "e", "g": "f"}
+CHAIN = {letter: _step(letter, before) for letter, before in BEFORE.items()}
 BENCHMARKS = {"unet": UNETS, "chain": CHAIN}

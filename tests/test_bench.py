@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from snapgen_core.cli import main
 from snapgen_core.peers import BENCHMARKS, CHAIN, UNETS, Contender
 from snapgen_core.profile import count_macs, count_parameters
 
-SMALL = Contender("small", lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8)), lambda: {"input": torch.randn(1, 4, 16, 16)})
+SMALL = Contender("small", lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)), lambda: {"input": torch.randn(1, 4, 16, 16)})
 CPU = torch.device("cpu")
 
 
@@ -47,32 +48,51 @@ def test_random_weights_keep_the_model_as_it_is():
     assert bench.with_random_weights(build, CPU, torch.bfloat16)[0].table.dtype == torch.bfloat16
 
 
-def test_measure_gives_time_memory_and_layout():
-    figures = bench.measure(SMALL, runs=3)
-    assert 0 < figures["fastest"] <= figures["seconds"] <= figures["slowest"] < 5
-    assert figures["layout"] in ("plain", "channels_last") and figures["matmul_gflops"] > 0.1
-    assert bench.count(SMALL) == (4 * 8 * 9 + 8 + 16, 16 * 16 * 4 * 8 * 9)
-
-
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(BENCHMARKS, "unet", {"ours": SMALL, "other": SMALL})
+    other = replace(SMALL, title="other", beside="ours")
+    monkeypatch.setitem(BENCHMARKS, "unet", {"ours": SMALL, "other": other})
 
 
-def child(returncode=0, seconds=0.5, stderr=""):
-    figures = {"seconds": seconds, "matmul_gflops": 100.0, "memory_gib": seconds, "layout": "plain"}
+def test_measure_takes_turns_in_both_layouts(small):
+    ours, other = bench.measure("unet", "ours", runs=2), bench.measure("unet", "other", runs=3)
+    assert ours["layouts"]["as_built"]["beside_seconds"] == [] and ours["matmul_gflops"] > 0.1
+    assert list(other["layouts"]) == ["as_built", "channels_last"]
+    for times in other["layouts"].values():
+        assert len(times["seconds"]) == len(times["beside_seconds"]) == 3
+        assert all(0 < seconds < 5 for seconds in times["seconds"] + times["beside_seconds"])
+    assert bench.count(SMALL) == (4 * 8 * 9 + 8 + 16 + 36, 16 * 16 * (4 * 8 * 9 + 32))
+
+
+def test_channels_last_reaches_weights_and_inputs():
+    forward = bench.Forward(SMALL, CPU, torch.float32)
+    before = forward.model(**forward.inputs)
+    forward.turn_to_channels_last()
+    after = forward.model(**forward.inputs)
+    assert after.is_contiguous(memory_format=torch.channels_last) and not before.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(before, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Sequential(nn.Conv2d(4, 8, 2, 2), nn.Conv2d(8, 8, 1)), lambda: nn.Conv2d(4, 8, 2, 2)])
+def test_layouts_matter_to_networks_of_convolutions_only(build):
+    forward = bench.Forward(replace(SMALL, build=build), CPU, torch.float32)
+    assert len(forward.layouts) == (2 if isinstance(forward.model, nn.Sequential) else 1)
+
+
+def child(returncode=0, seconds=(0.5,), beside=(), stderr=""):
+    figures = {"layouts": {"as_built": {"seconds": seconds, "beside_seconds": beside}}, "matmul_gflops": 100.0, "memory_gib": 1.5}
     return SimpleNamespace(returncode=returncode, stdout="a warning\n" + json.dumps(figures) + "\n", stderr=stderr)
 
 
-def test_lines_have_ratios_to_ours(small, monkeypatch):
-    answers = iter([child(seconds=0.5), child(seconds=2.0)])
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: next(answers))
-    ours, other = bench.run("unet", ["ours", "other"], 3)
-    assert (ours["times_ours"], other["times_ours"], other["memory_times_ours"]) == (1, 4, 4)
+def test_ratios_are_of_passes_side_by_side(small, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: child(seconds=(2.0, 9.0, 3.0), beside=(1.0, 3.0, 2.0)))
+    line = bench.run("unet", "other", 3)
+    times = line["layouts"]["as_built"]
+    assert (times["median"], times["ratio"], times["lowest"], times["highest"]) == (3.0, 2.0, 1.5, 3.0)
     macs = count_macs(SMALL.build(), **SMALL.inputs())
-    assert other["gflops"] == pytest.approx(2 * macs / 2.0 / 1e9)
-    assert other["share_of_peak"] == pytest.approx(other["gflops"] / 100)
-    assert other["floor_seconds"] == pytest.approx(2 * macs / 100e9)
+    assert line["gflops"] == pytest.approx(2 * macs / 3.0 / 1e9)
+    assert line["share_of_peak"] == pytest.approx(line["gflops"] / 100)
+    assert line["floor_seconds"] == pytest.approx(2 * macs / 100e9)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +102,12 @@ def test_lines_have_ratios_to_ours(small, monkeypatch):
 def test_what_does_not_run_is_skipped_and_says_why(small, monkeypatch, room, answer, why):
     monkeypatch.setattr(bench, "_room_gib", lambda device: room)
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answer)
-    lines = list(bench.run("unet", ["ours", "other"], 1))
-    assert all(why in line["skipped"] and "times_ours" not in line for line in lines)
+    line = bench.run("unet", "other", 1)
+    assert why in line["skipped"] and "layouts" not in line
 
 
 def test_the_command_prints_a_table_and_writes_json(small, monkeypatch, tmp_path, capfd):
-    answers = iter([child(seconds=0.5), child(-9)])
+    answers = iter([child(), child(-9)])
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: next(answers))
     monkeypatch.setattr("snapgen_core.commands.bench.git_commit", lambda: "abc")
     assert main(["bench", "unet", "--json", str(tmp_path / "b.json"), "--runs", "2"]) == 0
@@ -95,6 +115,13 @@ def test_the_command_prints_a_table_and_writes_json(small, monkeypatch, tmp_path
     assert "of peak" in shown and "floor of ours" in shown and "skipped" in shown and "signal 9" in told
     written = json.loads((tmp_path / "b.json").read_text())
     assert [line["name"] for line in written["models"]] == ["ours", "other"] and written["command"].startswith("snapgen bench unet")
+
+
+def test_every_line_is_compared_with_one_of_its_benchmark():
+    for contenders in BENCHMARKS.values():
+        alone = [name for name, contender in contenders.items() if contender.beside is None]
+        assert alone == list(contenders)[:1]
+        assert all(contender.beside in contenders for name, contender in contenders.items() if name not in alone)
 
 
 @pytest.mark.parametrize(

@@ -4,24 +4,33 @@ import argparse
 import os
 import platform
 import shlex
+from collections.abc import Iterator
 
 from ..errors import UserError
 from ..files import git_commit, now, write_json
 from .common import check_output, note, quiet_libraries
 
-HEADER = ("model", "parameters", "GMACs", "seconds", "GFLOP/s", "of peak", "memory", "x ours")
+HEADER = ("model", "parameters", "GMACs", "memory", "seconds", "GFLOP/s", "of peak", "ratio (lowest-highest)")
 
 
-def _cells(line: dict) -> tuple[str, ...]:
+def _ratio(times: dict) -> str:
+    return f"{times['ratio']:.2f} ({times['lowest']:.2f}-{times['highest']:.2f})" if "ratio" in times else ""
+
+
+def _rows(line: dict) -> Iterator[tuple[str, ...]]:
+    """A row for the model as it is built and, where that matters, one for channels last."""
     sizes = (line["title"], f"{line['parameters'] / 1e6:.1f} M", f"{line['macs'] / 1e9:.1f}")
     if "skipped" in line:
-        return *sizes, "skipped", "", "", "", ""
-    ratio = f"{line['times_ours']:.2f}" if "times_ours" in line else ""
-    return *sizes, f"{line['seconds']:.3g}", f"{line['gflops']:.0f}", f"{line['share_of_peak']:.0%}", f"{line['memory_gib']:.2f} GiB", ratio
+        yield *sizes, "", "skipped", "", "", ""
+        return
+    for layout, times in line["layouts"].items():
+        gflops = 2 * line["macs"] / times["median"] / 1e9
+        cells = (f"{times['median']:.3g}", f"{gflops:.0f}", f"{gflops / line['matmul_gflops']:.0%}", _ratio(times))
+        yield (*sizes, f"{line['memory_gib']:.2f} GiB", *cells) if layout == "as_built" else ("  channels last", "", "", "", *cells)
 
 
 def _print(cells: tuple[str, ...]) -> None:
-    print(f"{cells[0]:<28}" + "".join(f"{cell:>12}" for cell in cells[1:]), flush=True)
+    print(f"{cells[0]:<28}" + "".join(f"{cell:>11}" for cell in cells[1:-1]) + f"{cells[-1]:>24}", flush=True)
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -44,16 +53,20 @@ def bench(args: argparse.Namespace) -> int:
     names = [name for name in contenders if name in args.only] if args.only else usual
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"one forward pass, batch 1, {str(dtype).removeprefix('torch.')}, {machine}, median of {args.runs}")
+    print(f"ratio: seconds over those of {'ours' if args.what == 'unet' else 'the step before'}, the two taking turns")
     _print(HEADER)
     lines = []
-    for line in benchmark.run(args.what, names, args.runs):
+    for name in names:
+        line = benchmark.run(args.what, name, args.runs)
         lines.append(line)
-        _print(_cells(line))
+        for row in _rows(line):
+            _print(row)
         if "skipped" in line:
             note(f"{line['title']} was skipped: {line['skipped']}")
-    ours = next((line for line in lines if line["name"] == "ours" and "seconds" in line), None)
-    if ours:
-        print(f"floor of ours, its MACs at the peak of a matrix product ({ours['matmul_gflops']:.0f} GFLOP/s): {ours['floor_seconds']:.3g} s; measured {ours['seconds'] / ours['floor_seconds']:.2f} times that")
+    for line in lines:
+        if line["name"] == "ours" and "skipped" not in line:
+            seconds = line["layouts"]["as_built"]["median"]
+            print(f"floor of ours, its MACs at the peak of a matrix product ({line['matmul_gflops']:.0f} GFLOP/s): {line['floor_seconds']:.3g} s; measured {seconds / line['floor_seconds']:.2f} times that")
     if args.json:
         facts = {"command": shlex.join(["snapgen", *args.argv]), "commit": git_commit(), "date": now(), "machine": machine, "cores": os.cpu_count(), "dtype": str(dtype), "runs": args.runs}
         write_json(args.json, {**facts, "models": lines})
