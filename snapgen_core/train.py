@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .errors import UserError, reason
 from .files import append_jsonl, atomic_folder, atomic_write, git_commit, write_json
+from .memory import keep_freed_memory
 from .paths import checkpoint_dir
 
 
@@ -209,6 +210,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint of the step then in progress was written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     gpu = torch.cuda.is_available()
     # Left to itself accelerate ignores torchrun on CPUs, and takes a Mac's MPS, on which this loop is not tested.
     accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
