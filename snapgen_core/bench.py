@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from .decoder import TinyDecoder
 from .peers import BENCHMARKS, Contender
 from .profile import count_macs, count_parameters, peak_memory
 from .unet import SnapGenUNet
@@ -83,7 +84,7 @@ class Forward:
         self.inputs = _placed(contender.inputs(), device, dtype)
         # A transformer's one convolution makes patches; our networks turn to channels last by themselves.
         convolutions = sum(isinstance(module, nn.Conv2d) for module in self.model.modules())
-        two_layouts = convolutions > 1 and not contender.compiled and not isinstance(self.model, SnapGenUNet)
+        two_layouts = convolutions > 1 and not contender.compiled and not isinstance(self.model, SnapGenUNet | TinyDecoder)
         self.layouts = ("as_built", "channels_last") if two_layouts else ("as_built",)
         if contender.compiled:
             self.model = torch.compile(self.model)

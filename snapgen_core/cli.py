@@ -16,7 +16,7 @@ from .threads import cap_threads
 
 TRAIN_STAGES = ("autoencoder", "text", "detector", "base", "ablation")
 PICTURE_STAGES = ("base",)
-BENCHMARKS = ("unet", "chain")
+BENCHMARKS = ("unet", "chain", "decoder")
 LONGEST_LINE = 300
 
 
@@ -139,7 +139,7 @@ def _add_bench(commands) -> None:
     bench = _add(commands, "bench", "time a network beside those that one might take instead",
                  "  snapgen bench unet --only ours --only dreamlite\n"
                  "  snapgen bench unet --json exports/results/bench-unet.json")
-    bench.add_argument("what", choices=BENCHMARKS, metavar="WHAT", help="unet (ours and its peers) or chain (the steps of Fig. 3), at the paper's size")
+    bench.add_argument("what", choices=BENCHMARKS, metavar="WHAT", help="unet or decoder (ours and its peers), or chain (the steps of Fig. 3); at the paper's size")
     bench.add_argument("--only", action="append", metavar="NAME",
                        help="measure this model alone; may be repeated (a wrong name lists the choices)")
     bench.add_argument("--runs", type=_number(int, 1, 1000), default=3, metavar="N", help="timed passes of each (default: 3)")

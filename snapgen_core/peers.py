@@ -1,4 +1,4 @@
-"""The denoisers that a user would pick instead, as diffusers builds them from their published configurations.
+"""The denoisers and decoders that a user would pick instead, as diffusers builds them from their published configurations.
 
 Random weights: what is compared is the work of one forward pass at a 1024-pixel picture, for which every model gets the
 latent and the text tokens that it was made for.
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .decoder import TinyDecoder
 from .scales import UNET_PRESETS
 from .unet import SnapGenUNet
 
@@ -149,4 +150,30 @@ def _step(letter: str, before: str | None = None) -> Contender:
 # Fig. 2 and 3, on ImageNet, each step beside the one before; c0 and c both follow b.
 BEFORE = {"a": None, "b": "a", "c0": "b", "c": "b", "d": "c", "e": "d", "f": "e", "g": "f"}
 CHAIN = {letter: _step(letter, before) for letter, before in BEFORE.items()}
-BENCHMARKS = {"unet": UNETS, "chain": CHAIN}
+
+
+def _kl_decoder(latent_channels: int) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=latent_channels,
+    ).decoder
+
+
+def _taesd3() -> nn.Module:
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny(latent_channels=16).decoder
+
+
+DECODERS = {
+    "ours": Contender("SnapGen decoder (paper)", lambda: TinyDecoder.from_preset("paper"), lambda: {"latent": _latent(16)}),
+    "taesd3": Contender("TAESD3 decoder", _taesd3, lambda: {"x": _latent(16)}, "ours"),
+    "sdxl": Contender("SDXL decoder", lambda: _kl_decoder(4), lambda: {"sample": _latent(4)}, "ours"),
+    "sd3": Contender("SD3 decoder", lambda: _kl_decoder(16), lambda: {"sample": _latent(16)}, "ours"),
+}
+BENCHMARKS = {"unet": UNETS, "chain": CHAIN, "decoder": DECODERS}

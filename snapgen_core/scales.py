@@ -150,3 +150,47 @@ UNET_PRESETS = {
     "ablation-g": _G,
     **{f"tiny-ablation-{letter}": _tiny_twin(step) for letter, step in zip(ABLATION, (_A, _B, _C, _D, _E, _F, _G))},
 }
+
+
+@dataclass(frozen=True)
+class DecoderPreset:
+    """Arguments of `TinyDecoder`, explained there. The defaults are the paper's (1.38 M)."""
+
+    latent_channels: int = 16
+    channels: tuple[int, ...] = (256, 224, 96, 96)
+    blocks: tuple[int, ...] = (2, 2, 2, 1)
+    middle: bool = False
+    attention: bool = False
+    norm: str = "minimal"
+    separable_conv: bool = True
+    conv_shortcut: bool = False
+    norm_groups: int = 32
+
+
+# From SD3's decoder to the paper's by the five changes of Sec. 3.2, each on top of those before.
+_SD3 = DecoderPreset(
+    channels=(512, 512, 256, 128),
+    blocks=(3, 3, 3, 3),
+    middle=True,
+    attention=True,
+    norm="all",
+    separable_conv=False,
+    conv_shortcut=True,
+)
+_D1 = replace(_SD3, attention=False)
+_D2 = replace(_D1, norm="minimal")
+_D3 = replace(_D2, channels=(256, 224, 96, 96), separable_conv=True)
+_D4 = replace(_D3, blocks=(2, 2, 2, 1), middle=False)
+_D5 = replace(_D4, conv_shortcut=False)
+
+DECODER_PRESETS = {
+    "tiny": DecoderPreset(channels=(96, 56, 32, 24), norm_groups=8),
+    "small": _D5,  # the scale has SD3's latent, too
+    "paper": _D5,
+    "sd3": _SD3,
+    "change-1": _D1,
+    "change-2": _D2,
+    "change-3": _D3,
+    "change-4": _D4,
+    "change-5": _D5,
+}

@@ -53,7 +53,7 @@ def bench(args: argparse.Namespace) -> int:
     names = [name for name in contenders if name in args.only] if args.only else usual
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"one forward pass, batch 1, {str(dtype).removeprefix('torch.')}, {machine}, median of {args.runs}")
-    print(f"ratio: seconds over those of {'ours' if args.what == 'unet' else 'the step before'}, the two taking turns")
+    print(f"ratio: seconds over those of {'the step before' if args.what == 'chain' else 'ours'}, the two taking turns")
     _print(HEADER)
     lines = []
     for name in names:
