@@ -14,7 +14,7 @@ from typing import NoReturn
 from .errors import UserError
 from .threads import cap_threads
 
-TRAIN_STAGES = ("autoencoder", "text", "detector", "base", "ablation")
+TRAIN_STAGES = ("autoencoder", "decoder", "text", "detector", "base", "ablation")
 PICTURE_STAGES = ("base",)
 BENCHMARKS = ("unet", "chain", "decoder")
 LONGEST_LINE = 300
@@ -99,6 +99,8 @@ def _add_train(commands) -> None:
     budget.add_argument("--minutes", type=_number(float, 0.01, 10**6), metavar="M", help="train for this long")
     train.add_argument("--run-dir", type=Path, metavar="DIR",
                        help="checkpoints and log (default: exports/runs/SCALE/STAGE)")
+    train.add_argument("--data", type=Path, metavar="FOLDER",
+                       help="pictures to learn from, as files or in WebDataset shards (stage decoder only)")
     train.add_argument("--warm-start", action="store_true",
                        help="begin with the shipped weights (a run that resumes goes on with its own)")
     train.add_argument("--ship", action="store_true", help="put the final weights among the shipped checkpoints")

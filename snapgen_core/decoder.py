@@ -77,7 +77,30 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return upsample_folded(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+# Row p: which of the two rows under output row 2i + p each of the kernel's three rows falls on, once pixels are doubled.
+_FOLD = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+
+
+def upsample_folded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same as `Upsample` says, with 4/9 of its arithmetic and without the doubled picture.
+
+    Doubled pixels are equal, so where a 3x3 kernel meets the same pixel twice its weights can be added first. What is
+    left is a 2x2 kernel for each of the four pixels that a pixel becomes.
+    """
+    height, width = x.shape[2:]
+    fold = _FOLD.to(weight)
+    kernels = torch.einsum("pkr,qls,oirs->pqoikl", fold, fold, weight).flatten(0, 2)  # (4 C_out, C_in, 2, 2)
+    folded = F.conv2d(x, kernels, bias.repeat(4), padding=1).unflatten(1, (2, 2, -1))  # (B, 2, 2, C_out, H + 1, W + 1)
+    out = x.new_empty(len(x), len(bias), 2 * height, 2 * width).contiguous(memory_format=torch.channels_last)
+    for p in range(2):
+        for q in range(2):
+            out[:, :, p::2, q::2] = folded[:, p, q, :, p : p + height, q : q + width]
+    return out
 
 
 class Stage(nn.Module):

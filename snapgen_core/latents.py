@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from .decoder import TinyDecoder
 from .paths import checkpoint_dir
 from .scales import get_scale
 from .weights import load_model, weights_digest
@@ -18,6 +19,11 @@ def load_autoencoder(scale: str, folder: Path | None = None) -> AutoencoderKL:
     hub = get_scale(scale).hub
     place, subfolder = (hub, "vae") if folder is None and hub else (folder or checkpoint_dir(scale) / "autoencoder", "")
     return load_model(AutoencoderKL, place, f"the autoencoder of scale {scale}", subfolder=subfolder).requires_grad_(False)
+
+
+def load_decoder(folder: Path) -> TinyDecoder:
+    """The tiny decoder in `folder`, frozen, fp32. Raises UserError as `load_model`."""
+    return load_model(TinyDecoder, folder, f"the decoder {folder.name}").requires_grad_(False)
 
 
 @torch.no_grad()
@@ -32,6 +38,17 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Normalised latents [B,16,h,w] to images [B,3,8h,8w] in [-1, 1]."""
     z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(z).sample.clamp(-1, 1)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: Tensor, decoder: TinyDecoder | None = None, batch: int = 32) -> Tensor:
+    """Images [N,3,H,W] to latents and back, through `decoder` or else through the autoencoder's own; in [-1, 1]."""
+    parts = []
+    for part in images.split(batch):
+        latents = encode(vae, part)
+        back = decode(vae, latents) if decoder is None else decoder(latents.to(decoder.device)).sample.clamp(-1, 1)
+        parts.append(back.cpu())
+    return torch.cat(parts)
 
 
 def latents_digest(vae: AutoencoderKL) -> str:

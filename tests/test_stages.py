@@ -8,14 +8,15 @@ import torch
 from snapgen_core import flow
 from snapgen_core.errors import UserError
 from snapgen_core.evaluate import validation_batch, validation_losses
-from snapgen_core.latents import encode, load_autoencoder
+from snapgen_core.evaluate.fidelity import psnr
+from snapgen_core.latents import encode, load_autoencoder, reconstruct
 from snapgen_core.paths import checkpoint_dir
 from snapgen_core.pipeline import load_unet
 from snapgen_core.scales import ABLATION, UNET_PRESETS
 from snapgen_core.scenes import draw_scene
 from snapgen_core.stages import STAGES, build_stage
 from snapgen_core.stages.ablation import AblationStage
-from snapgen_core.stages.autoencoder import AutoencoderStage, psnr, reconstruct
+from snapgen_core.stages.autoencoder import AutoencoderStage
 from snapgen_core.stages.base import BaseTraining
 from snapgen_core.unet import SnapGenUNet
 

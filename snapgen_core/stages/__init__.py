@@ -1,6 +1,7 @@
 """The training stages, one file each: its models, its loss, its settings."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from ..errors import UserError
 from ..train import Stage
@@ -36,11 +37,25 @@ def _ablation(scale: str, seed: int) -> Stage:
     return AblationStage(scale, seed)
 
 
+def _decoder(scale: str, seed: int, pictures: Path | None = None) -> Stage:
+    from .decoder import DecoderStage
+
+    return DecoderStage(scale, seed, pictures)
+
+
 # In the order in which they are trained: each builds on those before. A new stage is a new file and one line.
-STAGES: dict[str, Callable[[str, int], Stage]] = {"autoencoder": _autoencoder, "text": _text, "detector": _detector, "base": _base, "ablation": _ablation}
+STAGES: dict[str, Callable[..., Stage]] = {"autoencoder": _autoencoder, "decoder": _decoder, "text": _text, "detector": _detector, "base": _base, "ablation": _ablation}
 
 
-def build_stage(name: str, scale: str, seed: int = 0) -> Stage:
+ON_PICTURES = ("decoder",)  # stages that can also learn from a folder of pictures
+
+
+def build_stage(name: str, scale: str, seed: int = 0, pictures: Path | None = None) -> Stage:
+    """The stage `name`. Raises UserError for an unknown one, or for `pictures` where it cannot learn from them."""
     if name not in STAGES:
         raise UserError(f"unknown stage {name!r}: choose one of {', '.join(STAGES)}")
-    return STAGES[name](scale, seed)
+    if pictures is None:
+        return STAGES[name](scale, seed)
+    if name not in ON_PICTURES:
+        raise UserError(f"stage {name} takes no folder of pictures, only {', '.join(ON_PICTURES)} does")
+    return STAGES[name](scale, seed, pictures)

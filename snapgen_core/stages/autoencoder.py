@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..latents import load_autoencoder
+from ..evaluate.fidelity import psnr
+from ..latents import load_autoencoder, reconstruct
 from ..scales import get_scale
 from ..scenes import TRAIN_MIX, Prompt, Wanted, draw_images, draw_scene, plain_names, render
 from ..train import TrainSettings, step_generator
@@ -105,16 +106,3 @@ def draw_unseen_sprites(seed: int, size: int, count: int = 128) -> Tensor:
     rng = np.random.default_rng([9, seed])
     prompts = [Prompt(names[i % len(names)], "plain", (Wanted(names[i % len(names)]),)) for i in range(count)]
     return torch.stack([render(rng, prompt, size).image for prompt in prompts])
-
-
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
-    """Images [N,3,S,S] through the autoencoder and back, clamped to [-1, 1]."""
-    device = next(vae.parameters()).device
-    parts = [vae.decode(vae.encode(part.to(device)).latent_dist.mean).sample.cpu() for part in images.split(batch)]
-    return torch.cat(parts).clamp(-1, 1)
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of images [N,3,H,W] in [-1, 1], in dB, [N]."""
-    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))

@@ -1,0 +1,122 @@
+"""Stage `decoder`: the tiny decoder learns to read a frozen autoencoder's latents (Sec. 3.2, "Training of the Decoder")."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, fooling_loss
+from ..crops import PictureCrops
+from ..decoder import TinyDecoder
+from ..errors import UserError
+from ..evaluate.fidelity import colour_error, psnr, ssim
+from ..latents import encode, load_autoencoder, load_decoder, reconstruct
+from ..paths import checkpoint_dir
+from ..perceptual import Lite0Distance
+from ..scales import get_scale
+from ..scenes import draw_images, draw_scene
+from ..train import TrainSettings, step_generator
+from ..weights import save_half
+from .autoencoder import MAX_LEVEL, MIX, draw_unseen_sprites
+
+PERCEPTUAL, ADVERSARIAL = 0.1, 0.05  # weights beside the MSE's 1; the paper names none
+ADVERSARIAL_FROM = 0.5  # of the stage: before that, pictures are too poor to be judged
+
+
+class DecoderTraining(nn.Module):
+    """forward(image [B,3,S,S], latent [B,16,S/8,S/8], judged [1]) -> (loss, figures).
+
+    MSE + perceptual + adversarial loss; no KL term, for the encoder stays as it is. The discriminator learns in the same
+    backward pass, on pictures that carry no gradient. While `judged` is 0 the decoder does not listen to it yet.
+    """
+
+    def __init__(self, decoder: TinyDecoder):
+        super().__init__()
+        self.decoder = decoder
+        self.discriminator = PatchDiscriminator()
+        self.distance = Lite0Distance()
+
+    def forward(self, image: Tensor, latent: Tensor, judged: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        made = self.decoder(latent).sample
+        mse = (made - image).square().mean()
+        perceptual = self.distance(made, image).mean()
+        reconstruction = mse + PERCEPTUAL * perceptual
+        judge = discriminator_loss(self.discriminator(image), self.discriminator(made.detach()))
+        loss = reconstruction + judge
+        if judged:
+            fooling = fooling_loss(self.discriminator, made)
+            loss = loss + ADVERSARIAL * adaptive_weight(reconstruction, fooling, self.decoder.conv_out.weight) * fooling
+        return loss, {"mse": mse.detach(), "perceptual": perceptual.detach(), "discriminator": judge.detach()}
+
+
+class DecoderStage:
+    """See `snapgen_core.train.Stage`. `pictures`: a folder of pictures or of WebDataset shards; at `tiny` emoji scenes."""
+
+    name = "decoder"
+    encoder = "autoencoder"  # whose latents it reads
+
+    def __init__(self, scale: str, seed: int, pictures: Path | None = None):
+        self.scale, self.seed = scale, seed
+        if pictures is None and get_scale(scale).hub:
+            raise UserError(f"at scale {scale} the decoder learns from photographs: name a folder of them, or of WebDataset shards, with --data")
+        self.size = 64 if scale == "tiny" else 256  # Sec. 3.2: "trained on 256^2 image patches"
+        self.draw = self.drawing(pictures)
+        torch.manual_seed(seed)
+        self.module = DecoderTraining(TinyDecoder.from_preset(scale)).to(memory_format=torch.channels_last)
+        if scale == "tiny":
+            self.settings = TrainSettings(batch_size=32, learning_rate=2e-3, betas=(0.9, 0.99), steps=10_000)
+        else:  # batch and steps of Sec. 3.2; the rate is ours
+            self.settings = TrainSettings(batch_size=256, learning_rate=1e-4, betas=(0.9, 0.99), steps=1_000_000)
+
+    def drawing(self, pictures: Path | None) -> Callable[[range], Tensor]:
+        """indices -> pictures [N,3,S,S]."""
+        if pictures is None:
+            return lambda indices: draw_images(self.seed, indices, size=self.size, mix=MIX)
+        crops = PictureCrops(pictures, self.size, self.seed)
+        return lambda indices: torch.stack([crops.draw(index) for index in indices])
+
+    @cached_property
+    def vae(self):
+        vae = load_autoencoder(self.scale, None if get_scale(self.scale).hub else checkpoint_dir(self.scale) / self.encoder)
+        return vae.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
+
+    def prepare(self) -> None:
+        self.vae  # noqa: B018
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        first = step * self.settings.batch_size
+        image = self.draw(range(first + rank, first + self.settings.batch_size, world))
+        latent = encode(self.vae, image).cpu()
+        generator = step_generator(self.seed, step, rank)
+        if self.scale == "tiny":  # as the shipped autoencoder's own decoder: a small student's latents are off
+            level = MAX_LEVEL * torch.rand(len(image), 1, 1, 1, generator=generator)
+            latent = latent + level * torch.randn(latent.shape, generator=generator)
+        judged = torch.tensor([float(step >= ADVERSARIAL_FROM * self.settings.steps)])
+        return {"image": image.contiguous(memory_format=torch.channels_last), "latent": latent, "judged": judged}
+
+    def unseen(self) -> dict[str, Tensor]:
+        """Pictures that no training has drawn."""
+        scenes = [draw_scene(self.seed, i, split, size=self.size).image for split in ("seen", "held_out") for i in range(128)]
+        return {"scenes": torch.stack(scenes), "sprites": draw_unseen_sprites(self.seed, self.size)}
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        """PSNR (mean and standard deviation over the pictures), SSIM, Lite0 distance and colour error; PSNR of the
+        autoencoder's own decoder beside it."""
+        scores = {}
+        for name, images in self.unseen().items() if self.scale == "tiny" else ():
+            ours, full = reconstruct(self.vae, images, self.module.decoder), reconstruct(self.vae, images)
+            db = psnr(ours, images)
+            scores |= {f"{name}.psnr_db": db.mean().item(), f"{name}.psnr_spread_db": db.std().item()}
+            scores |= {f"{name}.full_psnr_db": psnr(full, images).mean().item(), f"{name}.ssim": ssim(ours, images).mean().item()}
+            scores |= {f"{name}.lite0": self.module.distance(ours, images).mean().item(), f"{name}.colour_error": colour_error(ours, images).mean().item()}
+        return scores
+
+    def save(self, root: Path) -> list[Path]:
+        save_half(self.module.decoder, root / self.name)
+        return [root / self.name]
+
+    def load(self, root: Path) -> None:
+        self.module.decoder.load_state_dict(load_decoder(root / self.name).state_dict())
