@@ -14,7 +14,7 @@ from typing import NoReturn
 from .errors import UserError
 from .threads import cap_threads
 
-TRAIN_STAGES = ("autoencoder", "decoder", "text", "detector", "base", "ablation")
+TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "ablation")
 PICTURE_STAGES = ("base",)
 BENCHMARKS = ("unet", "chain", "decoder")
 LONGEST_LINE = 300

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from .data import IMAGE_SUFFIXES
+from .data import IMAGE_SUFFIXES, UNREADABLE, open_picture
 from .errors import UserError, reason
-
-UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class PictureCrops:
@@ -38,9 +36,9 @@ class PictureCrops:
         self.skipped: set[str] = set()
         for path in sorted(path for path in folder.rglob("*") if path.stem not in leave_out):
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                self.sources.append((str(path.relative_to(folder)), lambda path=path: _read(path.read_bytes())))
+                self.sources.append((str(path.relative_to(folder)), lambda path=path: open_picture(path)))
             elif path.suffix == ".tar":
-                self.sources += _members(path)
+                self.sources += _members(path, str(path.relative_to(folder)))
         if not self.sources:
             raise UserError(f"no picture and no .tar of pictures in {folder}")
 
@@ -55,18 +53,14 @@ class PictureCrops:
                 return crop(read(), self.size, rng)
             except UNREADABLE as error:
                 self.skipped.add(name)
-                warnings.warn(f"left out {name}, the {len(self.skipped)}. picture that cannot be read: {reason(error)}", stacklevel=2)
+                warnings.warn(f"left out {name}, which cannot be read: {reason(error)} ({len(self.skipped)} so far)", stacklevel=2)
         raise UserError(f"none of {len(self.sources)} pictures can be read")
 
 
-def _read(content: bytes) -> Image.Image:
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-
-
-def _members(shard: Path) -> list[tuple[str, Callable[[], Image.Image]]]:
+def _members(shard: Path, title: str) -> list[tuple[str, Callable[[], Image.Image]]]:
     """The pictures of a WebDataset shard. Only their places are kept: a shard is read through once, at the start."""
     try:
-        with tarfile.open(shard) as file:
+        with tarfile.open(shard, "r:") as file:  # not compressed, or a member has no place to read it from
             places = [(member.name, member.offset_data, member.size) for member in file if Path(member.name).suffix.lower() in IMAGE_SUFFIXES]
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"cannot read the shard {shard}: {reason(error)}") from None
@@ -74,9 +68,9 @@ def _members(shard: Path) -> list[tuple[str, Callable[[], Image.Image]]]:
     def read(start: int, length: int) -> Image.Image:
         with shard.open("rb") as file:
             file.seek(start)
-            return _read(file.read(length))
+            return open_picture(io.BytesIO(file.read(length)))
 
-    return [(f"{shard.name}/{name}", lambda start=start, length=length: read(start, length)) for name, start, length in places]
+    return [(f"{title}/{name}", lambda start=start, length=length: read(start, length)) for name, start, length in places]
 
 
 def crop(picture: Image.Image, size: int, rng: np.random.Generator) -> Tensor:

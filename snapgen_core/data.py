@@ -4,6 +4,7 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
+from typing import IO
 
 import torch
 from diffusers import AutoencoderKL
@@ -21,6 +22,7 @@ from .scenes import draw_scene
 
 SHARD = 4096  # scenes in a shard of cached latents
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)  # Pillow raises any of them
 
 
 def scenes_digest(seed: int, size: int) -> str:
@@ -98,7 +100,7 @@ class ImageFolder(Dataset):
             try:
                 _load_square(path, size)
                 self.files.append(path)
-            except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 self.skipped[path] = str(error)
         if self.skipped:
             named = ", ".join(str(path.relative_to(folder)) for path in list(self.skipped)[:10])
@@ -116,11 +118,16 @@ class ImageFolder(Dataset):
         return {"image": _load_square(self.files[index], self.size), "caption": self.captions[index]}
 
 
+def open_picture(file: Path | IO[bytes]) -> Image.Image:
+    """An RGB picture as it was taken, upright; transparency is laid on white."""
+    with Image.open(file) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGBA")  # phones store a photo as the sensor lay
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
 def _load_square(path: Path, size: int) -> Tensor:
-    """[3, size, size] in [-1, 1]; transparency is laid on white."""
-    with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGBA")  # phones store a photo as the sensor lay
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    """[3, size, size] in [-1, 1]."""
+    picture = open_picture(path)
     scale = size / min(picture.size)
     picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2

@@ -8,11 +8,13 @@ Start from SD3's decoder and
   (5) change the width while upsampling, not in residual blocks   `conv_shortcut`
 The numbers are those of the list in Sec. 3.2.
 
-Where the paper says nothing: the convolutions of the upsampling layers stay dense, and so do `conv_in` and `conv_out`;
-a norm in the coarsest stage is the cheapest that sees the whole picture, and leaves the fine stages local.
+Where the paper says nothing: widths and blocks are chosen so that both published totals come out, and for that the
+convolutions of the upsampling layers stay dense, as `conv_in` and `conv_out` do; norms in the coarsest stage are the
+cheapest that see the whole picture, and leave the fine stages local.
 """
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,6 +28,7 @@ from .errors import UserError
 from .scales import DECODER_PRESETS
 from .unet.blocks import conv3x3
 
+Layer = Callable[[Tensor], Tensor]
 NORMS = ("all", "minimal", "none")
 
 
@@ -70,14 +73,14 @@ class PixelAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C_in, H, W) -> (B, C_out, 2H, 2W): every pixel becomes four, which a dense 3x3 convolution tells apart."""
+    """(B, C_in, H, W) -> (B, C_out, 2H, 2W): every pixel becomes four, then a dense 3x3 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if on_cpu(x):
             return upsample_folded(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
@@ -208,33 +211,46 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         x = self.conv_in(latent.contiguous(memory_format=torch.channels_last))
         x = self.stages[0](self.mid_block(x))
         for stage in self.stages[1:-1]:
-            x = self._by_bands(stage, x)
-        x = self._by_bands(nn.Sequential(self.stages[-1], self.norm_out, nn.SiLU(), self.conv_out), x)
+            x = self._finer((stage,), x)
+        x = self._finer((self.stages[-1], self.norm_out, F.silu, self.conv_out), x)
         return TinyDecoderOutput(sample=x) if return_dict else (x,)
 
-    def _by_bands(self, layers: nn.Module, x: Tensor) -> Tensor:
-        """layers(x), in bands where that gives the same (no norm looks at the whole picture) and nothing has to be kept."""
-        local = not any(isinstance(layer, nn.GroupNorm) for layer in layers.modules())
-        if not local or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return layers(x)
-        return in_bands(layers, x)
+    def _finer(self, layers: Sequence[Layer], x: Tensor) -> Tensor:
+        """One layer after the other; in bands where that is the same and nothing has to be kept for a backward pass."""
+        if self.config.norm != "all" and not torch.is_grad_enabled() and on_cpu(x):
+            return in_bands(layers, x)
+        return run(layers, x)
+
+
+def run(layers: Sequence[Layer], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether `x` is computed on a CPU at once, and not traced for an export or a compiler, which do better with the plain
+    operations."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 BAND = 16  # rows
 
 
-def in_bands(layers: nn.Module, x: Tensor, rows: int = BAND) -> Tensor:
-    """layers(x) for x (B, C, H, W), `rows` rows at a time, for layers that double the size and see a few pixels only.
+def in_bands(layers: Sequence[Layer], x: Tensor, rows: int = BAND) -> Tensor:
+    """run(layers, x) for x (B, C, H, W), `rows` rows at a time, for layers that double the size and see few pixels.
 
-    A picture of 1024 pixels has 400 MB in each tensor of the finest stage; its bands stay in the processor's cache. Each
-    band is computed with the rows around it that it can see, so there are no seams: the numbers are those of the whole.
+    A picture of 1024 pixels has 400 MB in each tensor of the finest stage, a band of it 16. Every band is computed with
+    the rows around it that it can see, so there are no seams: the numbers are those of the whole.
     """
     height = x.shape[2]
-    around = -(-sum(layer.kernel_size == (3, 3) for layer in layers.modules() if isinstance(layer, nn.Conv2d)) // 2)
+    modules = [module for layer in layers if isinstance(layer, nn.Module) for module in layer.modules()]
+    # Each 3x3 convolution sees one row further, at the doubled size, where two rows are one of x.
+    around = -(-sum(isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) for module in modules) // 2)
     out = None
     for top in range(0, height, rows):
         first = max(0, top - around)
-        part = layers(x[:, :, first : top + rows + around])
+        part = run(layers, x[:, :, first : top + rows + around])
         part = part[:, :, 2 * (top - first) : 2 * (top - first + rows)]
         if out is None:
             out = part.new_empty(len(x), part.shape[1], 2 * height, part.shape[3]).contiguous(memory_format=torch.channels_last)
@@ -244,6 +260,8 @@ def in_bands(layers: nn.Module, x: Tensor, rows: int = BAND) -> Tensor:
 
 def check_config(config) -> None:
     """ValueError where the switches of `TinyDecoder` do not fit each other."""
+    if len(config.channels) < 2:
+        raise ValueError(f"a decoder needs at least two stages, got channels {tuple(config.channels)}")
     if len(config.blocks) != len(config.channels):
         raise ValueError(f"blocks needs a value for each of {len(config.channels)} stages, got {tuple(config.blocks)}")
     if config.norm not in NORMS:
@@ -265,8 +283,8 @@ def check_latent(config, latent: Tensor) -> None:
         return
     if not latent.isfinite().all():
         raise ValueError(f"latent has {(~latent.isfinite()).sum()} numbers that are not finite: the denoiser has failed before the decoder")
-    mean, std = latent.mean().item(), latent.std().item()
-    if latent.numel() > 1 and (abs(mean) > 1 or not 1 / 3 < std < 3):
+    mean, std = latent.mean().item(), latent.std(correction=0).item()
+    if latent.shape[2] * latent.shape[3] > 1 and (abs(mean) > 1 or not 1 / 3 < std < 3):
         warnings.warn(
             f"the latent has mean {mean:.2f} and standard deviation {std:.2f}, where 0 and 1 are expected: "
             "normalise it first, (z - shift_factor) * scaling_factor",

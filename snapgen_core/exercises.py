@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from . import flow
+from .decoder import TinyDecoder
 from .detector import Detection
 from .evaluate import judge, near_misses, true_detections
 from .profile import count_macs, count_parameters
-from .scales import UNET_PRESETS, UNetPreset
+from .scales import DECODER_PRESETS, UNET_PRESETS, DecoderPreset, UNetPreset
 from .scenes import COLOURS, Prompt, draw_scene
 from .text import fuse
 from .unet import SnapGenUNet
@@ -229,6 +230,67 @@ def check_heun(answer: Callable[[Callable, Tensor, Tensor], Tensor]) -> Verdict:
     if len(calls) > 128:
         return _wrong(f"right in its numbers, but it asked the model {len(calls)} times in 64 steps; two times a step are enough.")
     return _right("second order: twice the steps, a quarter of the error, at two model calls a step.")
+
+
+# ------------------------------------------------------------------------------------------------- 02 tiny decoder
+
+
+def check_residual(answer: Callable[[int], int]) -> Verdict:
+    """02, exercise 1: answer(c) is the parameter count of a separable residual block of c channels without norms."""
+    for c in (24, 96, 256):
+        value, failed = _call(answer, c)
+        if failed is not None:
+            return failed
+        if value != 2 * (9 * c + c * c + c):
+            hints = {
+                9 * c + c * c + c: "that is one of its two convolutions.",
+                2 * (9 * c * c + c): "that is a block of dense convolutions.",
+                2 * (9 * c + c * c): "the pointwise convolutions have a bias.",
+                2 * (9 * c + c + c * c + c): "the depthwise convolutions have no bias.",
+            }
+            return _wrong(hints.get(value, f"for {c} channels it is not {value}. Nine weights a channel, then a matrix and a bias; twice."))
+    return _right("almost all of it is in the two matrices; the depthwise filters cost next to nothing.")
+
+
+def check_reach(answer: Callable[[int], int]) -> Verdict:
+    """02, exercise 2: answer(blocks) is how many input rows above its own a row of a stage's output can see."""
+    for blocks in (0, 1, 2, 3):
+        value, failed = _call(answer, blocks)
+        if failed is not None:
+            return failed
+        convolutions = 1 + 2 * blocks
+        if value != -(-convolutions // 2):
+            if value == convolutions:
+                return _wrong(f"with {blocks} blocks it sees {convolutions} rows of the doubled picture. How many of the input are that?")
+            if value == convolutions // 2:
+                return _wrong("half a row more is needed, and a band can only be given whole rows.")
+            if value == blocks or value == 2 * blocks:
+                return _wrong("the upsampling layer convolves, too.")
+            return _wrong(f"with {blocks} blocks it is not {value}. Count the 3x3 convolutions; each sees one row further, at the doubled size.")
+    return _right("so two blocks need three rows more at each end, whatever the size of the picture.")
+
+
+def check_decoder_design(design: DecoderPreset) -> Verdict:
+    """02, exercise 3: a decoder of at most 1 M parameters and 100 to 150 GMACs at 128x128, with the paper's changes kept."""
+    if not isinstance(design, DecoderPreset):
+        return _wrong('start from replace(DECODER_PRESETS["paper"], ...).')
+    kept = replace(design, channels=(), blocks=())
+    if kept != replace(DECODER_PRESETS["paper"], channels=(), blocks=()):
+        return _wrong("change channels and blocks only.")
+    try:
+        with torch.device("meta"):
+            decoder = TinyDecoder(**asdict(design))
+            parameters, macs = count_parameters(decoder) / 1e6, count_macs(decoder, torch.empty(1, 16, 128, 128)) / 1e9
+    except (ValueError, TypeError, RuntimeError) as error:
+        return _wrong(f"this is no decoder: {error}")
+    if len(design.channels) != 4:
+        return _wrong(f"{len(design.channels)} stages make a picture {2 ** (len(design.channels) - 1)} times the latent's size; it takes four for eight times.")
+    counted = f"{parameters:.2f} M parameters, {macs:.0f} GMACs"
+    if parameters > 1:
+        return _wrong(f"{counted}: too many parameters. The coarsest stages hold most of them.")
+    if not 100 <= macs <= 150:
+        return _wrong(f"{counted}: too {'many' if macs > 150 else 'few'} MACs. They are mostly in the upsampling layers of the finest stages.")
+    return _right(f"{counted}.")
 
 
 # ------------------------------------------------------------------------------------------------- 00 start here

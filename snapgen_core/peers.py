@@ -25,6 +25,7 @@ class Contender:
     inputs: Callable[[], dict]
     beside: str | None = None
     compiled: bool = False
+    activations_gib: float = 3.0  # at most, beside the weights
 
 
 def _latent(channels: int, size: int = 128) -> Tensor:
@@ -173,7 +174,7 @@ def _taesd3() -> nn.Module:
 DECODERS = {
     "ours": Contender("SnapGen decoder (paper)", lambda: TinyDecoder.from_preset("paper"), lambda: {"latent": _latent(16)}),
     "taesd3": Contender("TAESD3 decoder", _taesd3, lambda: {"x": _latent(16)}, "ours"),
-    "sdxl": Contender("SDXL decoder", lambda: _kl_decoder(4), lambda: {"sample": _latent(4)}, "ours"),
-    "sd3": Contender("SD3 decoder", lambda: _kl_decoder(16), lambda: {"sample": _latent(16)}, "ours"),
+    "sdxl": Contender("SDXL decoder", lambda: _kl_decoder(4), lambda: {"sample": _latent(4)}, "ours", activations_gib=8.0),
+    "sd3": Contender("SD3 decoder", lambda: _kl_decoder(16), lambda: {"sample": _latent(16)}, "ours", activations_gib=8.0),
 }
 BENCHMARKS = {"unet": UNETS, "chain": CHAIN, "decoder": DECODERS}

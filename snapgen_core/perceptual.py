@@ -1,8 +1,8 @@
 """How different two pictures look: distances between the features of a network that knows pictures.
 
-LPIPS [Zhang et al. 2018] needs the weights of torchvision's networks. What is used here wherever those cannot be had is
-the same distance, without its learned weights, on EfficientNet-Lite0's features, whose weights come with a package. It is
-called the Lite0 distance, never LPIPS: its numbers are not comparable.
+The paper trains its decoder with LPIPS [Zhang et al. 2018], which needs the weights of torchvision's networks. Here it is
+the same distance, without its learned weights, on EfficientNet-Lite0's features, whose weights come with a package, at
+every scale. It is called the Lite0 distance, never LPIPS: its numbers are not comparable.
 """
 
 from functools import cache
@@ -95,10 +95,15 @@ class Lite0Distance(nn.Module):
         super().__init__()
         self._network = (_pretrained(),)  # in a tuple: its weights are not ours to save or to average
 
-    def features(self, x: Tensor) -> list[Tensor]:
+    def activations(self, x: Tensor) -> list[Tensor]:
+        """Features [B, C, h, w] of pictures [B, 3, H, W] at five layers, as they are."""
         network = self._network[0].to(x.device)
         outputs = network.all_features(x, last=_FEATURES[-1])
-        return [F.normalize(outputs[i], dim=1, eps=1e-6) for i in _FEATURES]
+        return [outputs[i] for i in _FEATURES]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return sum((p - q).square().sum(dim=1).mean(dim=(1, 2)) for p, q in zip(self.features(a), self.features(b)))
+        total = 0
+        for p, q in zip(self.activations(a), self.activations(b)):
+            p, q = F.normalize(p, dim=1, eps=1e-6), F.normalize(q, dim=1, eps=1e-6)
+            total = total + (p - q).square().sum(dim=1).mean(dim=(1, 2))
+        return total

@@ -184,7 +184,7 @@ _D4 = replace(_D3, blocks=(2, 2, 2, 1), middle=False)
 _D5 = replace(_D4, conv_shortcut=False)
 
 DECODER_PRESETS = {
-    "tiny": DecoderPreset(channels=(96, 56, 32, 24), norm_groups=8),
+    "tiny": DecoderPreset(channels=(88, 56, 32, 24), norm_groups=8),
     "small": _D5,  # the scale has SD3's latent, too
     "paper": _D5,
     "sd3": _SD3,

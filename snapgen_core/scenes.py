@@ -14,7 +14,6 @@ from itertools import combinations
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
 
 from .errors import UserError, reason
 from .paths import data_dir
@@ -382,35 +381,3 @@ def draw_scene(seed: int, index: int, split: str = "train", task: str | None = N
 def draw_images(seed: int, indices: range, split: str = "train", size: int = 64, mix: dict[str, float] = TRAIN_MIX) -> torch.Tensor:
     """Images alone, [len(indices), 3, size, size] in [-1, 1]."""
     return torch.stack([draw_scene(seed, i, split, size=size, mix=mix).image for i in indices])
-
-
-class SceneDataset(Dataset):
-    """Map-style view: item i is {"image": [3, size, size], "caption": str, "scene": Scene}."""
-
-    def __init__(self, seed: int = 0, length: int = 65536, split: str = "train", size: int = 64):
-        self.seed, self.length, self.split, self.size = seed, length, split, size
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        scene = draw_scene(self.seed, index, self.split, size=self.size)
-        return {"image": scene.image, "caption": scene.prompt.text, "scene": scene}
-
-
-class SceneStream(IterableDataset):
-    """Endless view of the same scenes from `start` on; data-loader workers share it without overlap."""
-
-    def __init__(self, seed: int = 0, split: str = "train", size: int = 64, start: int = 0):
-        self.seed, self.split, self.size, self.start = seed, split, size, start
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        index = self.start + first
-        while True:
-            scene = draw_scene(self.seed, index, self.split, size=self.size)
-            yield {"image": scene.image, "caption": scene.prompt.text, "scene": scene}
-            index += step

@@ -13,9 +13,13 @@ def test_hinge_by_hand():
 
 
 def test_a_patch_is_judged_by_itself():
-    discriminator = PatchDiscriminator(channels=8)
-    logits = discriminator(torch.randn(2, 3, 64, 32))
-    assert logits.shape == (2, 1, 16, 8)
+    discriminator, pictures = PatchDiscriminator(channels=8), torch.randn(2, 3, 64, 32)
+    changed = pictures.clone()
+    changed[0, :, 20, 10] += 5
+    before, after = discriminator(pictures), discriminator(changed)
+    assert before.shape == (2, 1, 16, 8)
+    where = (before != after).nonzero()
+    assert len(where) and (where[:, 0] == 0).all() and ((4 * where[:, 2] + 2 - 20).abs() <= 9).all() and ((4 * where[:, 3] + 2 - 10).abs() <= 9).all()
 
 
 def test_fooling_trains_the_maker_alone():

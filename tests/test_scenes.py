@@ -132,21 +132,6 @@ def test_object_sprites_belong_to_the_training_split():
     assert not set(scenes.plain_names("train")) & set(scenes.plain_names("val"))
 
 
-def test_data_set_and_stream_agree():
-    data = scenes.SceneDataset(seed=1, length=6)
-    assert len(data) == 6 and len(list(data)) == 6
-    for item, streamed in zip(data, scenes.SceneStream(seed=1)):
-        assert torch.equal(item["image"], streamed["image"]) and item["caption"] == streamed["caption"]
-    with pytest.raises(IndexError):
-        data[6]
-
-
-def test_stream_workers_share_without_overlap():
-    loader = torch.utils.data.DataLoader(scenes.SceneStream(seed=1), batch_size=None, num_workers=2)
-    captions = [item["caption"] for item, _ in zip(loader, range(8))]
-    assert captions == [scenes.draw_prompt(1, i).text for i in range(8)]
-
-
 def test_wrong_names_are_refused():
     with pytest.raises(UserError, match="unknown split 'test'"):
         scenes.draw_scene(0, 0, "test")

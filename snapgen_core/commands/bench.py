@@ -64,7 +64,7 @@ def bench(args: argparse.Namespace) -> int:
         if "skipped" in line:
             note(f"{line['title']} was skipped: {line['skipped']}")
     for line in lines:
-        if line["name"] == "ours" and "skipped" not in line:
+        if args.what == "unet" and line["name"] == "ours" and "skipped" not in line:
             seconds = line["layouts"]["as_built"]["median"]
             print(f"floor of ours, its MACs at the peak of a matrix product ({line['matmul_gflops']:.0f} GFLOP/s): {line['floor_seconds']:.3g} s; measured {seconds / line['floor_seconds']:.2f} times that")
     if args.json:

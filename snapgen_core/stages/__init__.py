@@ -43,10 +43,36 @@ def _decoder(scale: str, seed: int, pictures: Path | None = None) -> Stage:
     return DecoderStage(scale, seed, pictures)
 
 
+def _decoder_norms(scale: str, seed: int) -> Stage:
+    from .decoder_norms import DecoderNormsStage
+
+    return DecoderNormsStage(scale, seed)
+
+
+def _photo_autoencoder(scale: str, seed: int) -> Stage:
+    from .photos import PhotoAutoencoderStage
+
+    return PhotoAutoencoderStage(scale, seed)
+
+
+def _photo_decoder(scale: str, seed: int) -> Stage:
+    from .photos import PhotoDecoderStage
+
+    return PhotoDecoderStage(scale, seed)
+
+
 # In the order in which they are trained: each builds on those before. A new stage is a new file and one line.
-STAGES: dict[str, Callable[..., Stage]] = {"autoencoder": _autoencoder, "decoder": _decoder, "text": _text, "detector": _detector, "base": _base, "ablation": _ablation}
-
-
+STAGES: dict[str, Callable[..., Stage]] = {
+    "autoencoder": _autoencoder,
+    "decoder": _decoder,
+    "decoder_norms": _decoder_norms,
+    "photo_autoencoder": _photo_autoencoder,
+    "photo_decoder": _photo_decoder,
+    "text": _text,
+    "detector": _detector,
+    "base": _base,
+    "ablation": _ablation,
+}
 ON_PICTURES = ("decoder",)  # stages that can also learn from a folder of pictures
 
 

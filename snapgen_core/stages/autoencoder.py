@@ -1,5 +1,6 @@
 """Stage `autoencoder`: SD3's AutoencoderKL made narrow, trained on emoji scenes (f = 8, 16 channels, Sec. 3.2)."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,18 +54,23 @@ class AutoencoderStage:
         if config.autoencoder is None:
             raise UserError(f"scale {scale} uses SD3's autoencoder from the hub: there is nothing to train")
         self.size = config.image_size
+        self.draw = self.drawing()
         torch.manual_seed(seed)
         self.module = AutoencoderTraining(AutoencoderKL(**config.autoencoder)).to(memory_format=torch.channels_last)
         self.encoder_frozen = False
         self.settings = TrainSettings(batch_size=16, learning_rate=1.2e-3, betas=(0.9, 0.99), steps=6000)
 
+    def drawing(self) -> Callable[[range], Tensor]:
+        """indices -> training pictures [N,3,S,S]."""
+        return lambda indices: draw_images(self.seed, indices, size=self.size, mix=MIX)
+
     def prepare(self) -> None:
-        pass  # scenes are drawn as they are needed
+        pass  # pictures are drawn as they are needed
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         first = step * self.settings.batch_size
         indices = range(first + rank, first + self.settings.batch_size, world)
-        image = draw_images(self.seed, indices, size=self.size, mix=MIX)
+        image = self.draw(indices)
         generator = step_generator(self.seed, step, rank)
         noise = torch.randn(len(image), 16, self.size // 8, self.size // 8, generator=generator)
         level = MAX_LEVEL * torch.rand(len(image), generator=generator)
@@ -85,7 +91,7 @@ class AutoencoderStage:
         vae = self.module.vae
         if not self.encoder_frozen:
             device = next(vae.parameters()).device
-            chunks = [draw_images(self.seed, range(i, i + 64), size=self.size).to(device) for i in range(0, 1024, 64)]
+            chunks = [self.draw(range(i, i + 64)).to(device) for i in range(0, 1024, 64)]
             latent = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
             vae.register_to_config(shift_factor=latent.mean().item(), scaling_factor=1 / latent.std().item())
         save_half(vae, root / self.name)

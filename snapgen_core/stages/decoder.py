@@ -22,7 +22,6 @@ from ..weights import save_half
 from .autoencoder import MAX_LEVEL, MIX, draw_unseen_sprites
 
 PERCEPTUAL, ADVERSARIAL = 0.1, 0.05  # weights beside the MSE's 1; the paper names none
-ADVERSARIAL_FROM = 0.5  # of the stage: before that, pictures are too poor to be judged
 
 
 class DecoderTraining(nn.Module):
@@ -63,11 +62,12 @@ class DecoderStage:
             raise UserError(f"at scale {scale} the decoder learns from photographs: name a folder of them, or of WebDataset shards, with --data")
         self.size = 64 if scale == "tiny" else 256  # Sec. 3.2: "trained on 256^2 image patches"
         self.draw = self.drawing(pictures)
+        self.judged_from = 1_500 if scale == "tiny" else 50_000  # steps; before that, pictures are too poor to be judged
         torch.manual_seed(seed)
         self.module = DecoderTraining(TinyDecoder.from_preset(scale)).to(memory_format=torch.channels_last)
         if scale == "tiny":
-            self.settings = TrainSettings(batch_size=32, learning_rate=2e-3, betas=(0.9, 0.99), steps=10_000)
-        else:  # batch and steps of Sec. 3.2; the rate is ours
+            self.settings = TrainSettings(batch_size=32, learning_rate=2e-3, betas=(0.9, 0.99), steps=6_000)
+        else:  # batch and steps of Sec. 3.2; rate and betas are ours
             self.settings = TrainSettings(batch_size=256, learning_rate=1e-4, betas=(0.9, 0.99), steps=1_000_000)
 
     def drawing(self, pictures: Path | None) -> Callable[[range], Tensor]:
@@ -93,7 +93,7 @@ class DecoderStage:
         if self.scale == "tiny":  # as the shipped autoencoder's own decoder: a small student's latents are off
             level = MAX_LEVEL * torch.rand(len(image), 1, 1, 1, generator=generator)
             latent = latent + level * torch.randn(latent.shape, generator=generator)
-        judged = torch.tensor([float(step >= ADVERSARIAL_FROM * self.settings.steps)])
+        judged = torch.tensor([float(step >= self.judged_from)])
         return {"image": image.contiguous(memory_format=torch.channels_last), "latent": latent, "judged": judged}
 
     def unseen(self) -> dict[str, Tensor]:
