@@ -52,6 +52,7 @@ class Stage(Protocol):
     scale: str
     seed: int
     settings: TrainSettings
+    options: dict[str, str]  # of `snapgen train`, beside seed and scale, that decide on the batches: {"data": FOLDER}
     module: nn.Module  # all that is trained; forward(**batch) returns (loss, {figure: scalar tensor})
 
     def prepare(self) -> None:
@@ -215,7 +216,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     # Left to itself accelerate ignores torchrun on CPUs, and takes a Mac's MPS, on which this loop is not tested.
     accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
     rank, world, settings, bare = accelerator.process_index, accelerator.num_processes, stage.settings, stage.module
-    identity = {"stage": stage.name, "scale": stage.scale, "seed": stage.seed, "world": world, "batch_size": settings.batch_size}
+    identity = {"stage": stage.name, "scale": stage.scale, "seed": stage.seed, "world": world, "batch_size": settings.batch_size, **stage.options}
     total = steps if steps is not None else (10**9 if minutes is not None else settings.steps)
 
     resumed = load_checkpoint(run_dir, identity)
@@ -336,7 +337,7 @@ def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, ste
             "stage": stage.name,
             "scale": stage.scale,
             "seed": stage.seed,
-            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}" + (" --warm-start" if origin else ""),
+            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}" + "".join(f" --{name} {value}" for name, value in stage.options.items()) + (" --warm-start" if origin else ""),
             "commit": git_commit(),
             "steps": step,
             "samples": step * stage.settings.batch_size,

@@ -1,5 +1,8 @@
 """The decoder's trainings: the loss by hand, gradients where they belong, data that never mix, what ships."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from snapgen_core.paths import data_dir
 from snapgen_core.profile import count_parameters
 from snapgen_core.stages import build_stage, photos
 from snapgen_core.stages.decoder import ADVERSARIAL, PERCEPTUAL, DecoderStage, DecoderTraining
+from snapgen_core.train import train
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,23 @@ def test_a_users_pictures_are_what_it_learns_from(tmp_path):
     Image.fromarray(np.full((80, 90, 3), (255, 0, 0), dtype=np.uint8)).save(tmp_path / "red.png")
     image = build_stage("decoder", "tiny", 0, tmp_path).draw(range(2))
     assert image.shape == (2, 3, 64, 64) and torch.allclose(image[:, 0], torch.ones(())) and torch.allclose(image[:, 1:], -torch.ones(()))
+
+
+def test_a_run_goes_on_with_the_pictures_it_began_with(tmp_path):
+    def stage(folder):
+        built = build_stage("decoder", "tiny", 0, folder)
+        built.score, built.settings = dict, replace(built.settings, batch_size=2)
+        return built
+
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (80, 80), "red").save(tmp_path / name / "red.png")
+    train(stage(tmp_path / "one"), tmp_path / "run", steps=1, progress=False)
+    with pytest.raises(UserError, match="holds a run with data"):
+        train(stage(tmp_path / "other"), tmp_path / "run", steps=2, progress=False)
+    train(stage(tmp_path / "one"), tmp_path / "run", steps=2, progress=False)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["command"].endswith(f"--steps 2 --data {tmp_path / 'one'}")
 
 
 @pytest.mark.parametrize(

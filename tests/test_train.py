@@ -31,7 +31,7 @@ class Line(nn.Module):
 
 
 class LineStage:
-    name, scale = "line", "tiny"
+    name, scale, options = "line", "tiny", {}
 
     def __init__(self, seed=0, poison_at=10**9, pause=0.0, **settings):
         torch.manual_seed(seed)
@@ -100,7 +100,7 @@ train(LatentStage(), Path(sys.argv[1]), steps=200, save_every=0.3, progress=Fals
 class LatentStage:
     """The real student, very narrow, on random latents: what `snapgen train base` trains, without its caches."""
 
-    name, scale, seed = "latent", "tiny", 0
+    name, scale, seed, options = "latent", "tiny", 0, {}
 
     def __init__(self):
         from snapgen_core.stages.base import BaseTraining

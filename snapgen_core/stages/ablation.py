@@ -40,6 +40,7 @@ class AblationStage:
     """See `snapgen_core.train.Stage`. The seed decides on weights, order and noise; the scenes are those of `base`."""
 
     name = "ablation"
+    options: dict[str, str] = {}
 
     def __init__(self, scale: str, seed: int):
         if scale != "tiny":

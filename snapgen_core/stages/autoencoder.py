@@ -47,6 +47,7 @@ class AutoencoderStage:
     """See `snapgen_core.train.Stage`."""
 
     name = "autoencoder"
+    options: dict[str, str] = {}
 
     def __init__(self, scale: str, seed: int):
         self.scale, self.seed = scale, seed

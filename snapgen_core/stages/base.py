@@ -61,6 +61,7 @@ class BaseStage:
     """See `snapgen_core.train.Stage`."""
 
     name = "base"
+    options: dict[str, str] = {}
 
     def __init__(self, scale: str, seed: int):
         self.scale, self.seed = scale, seed

@@ -61,6 +61,7 @@ class DecoderStage:
         if pictures is None and get_scale(scale).hub:
             raise UserError(f"at scale {scale} the decoder learns from photographs: name a folder of them, or of WebDataset shards, with --data")
         self.size = 64 if scale == "tiny" else 256  # Sec. 3.2: "trained on 256^2 image patches"
+        self.options = {"data": str(pictures)} if pictures else {}
         self.draw = self.drawing(pictures)
         self.judged_from = 1_500 if scale == "tiny" else 50_000  # steps; before that, pictures are too poor to be judged
         torch.manual_seed(seed)

@@ -28,6 +28,7 @@ class DetectorStage:
     """See `snapgen_core.train.Stage`. There is one detector for all scales: it looks at 64 px."""
 
     name = "detector"
+    options: dict[str, str] = {}
 
     def __init__(self, scale: str, seed: int):
         if scale != "tiny":

@@ -215,6 +215,7 @@ class TextStage:
     """See `snapgen_core.train.Stage`."""
 
     name = "text"
+    options: dict[str, str] = {}
 
     def __init__(self, scale: str, seed: int):
         self.scale, self.seed = scale, seed
