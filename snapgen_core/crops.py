@@ -7,11 +7,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .data import IMAGE_SUFFIXES, UNREADABLE, open_picture
+from .data import IMAGE_SUFFIXES, UNREADABLE, open_picture, to_tensor
 from .errors import UserError, reason
 
 
@@ -82,8 +81,3 @@ def crop(picture: Image.Image, size: int, rng: np.random.Generator) -> Tensor:
     if rng.random() < 0.5:
         square = ImageOps.mirror(square)
     return to_tensor(square)
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """[3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -132,8 +133,12 @@ def _load_square(path: Path, size: int) -> Tensor:
     picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     picture = picture.crop((left, top, left + size, top + size))
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(size, size, 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return to_tensor(picture)
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """[3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _described(folder: Path) -> dict[str, str]:

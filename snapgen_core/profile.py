@@ -18,8 +18,8 @@ def count_macs(module: nn.Module, *args, **kwargs) -> int:
 
     Counts convolutions, linear layers and the two products of attention; norms, activations and other element-wise
     work are left out. Runs one forward pass without gradients: build module and inputs under `torch.device("meta")`,
-    and it costs neither time nor memory. (Shortcuts
-    that a model takes on a CPU, as `TinyDecoder` does, are not taken there: meta counts what the paper counts.)
+    and it costs neither time nor memory. (Shortcuts that a model takes on a CPU, as `TinyDecoder` does, are not taken
+    there: what is counted is what the paper counts.)
     """
     return macs_by_module(module, *args, **kwargs)[""]
 

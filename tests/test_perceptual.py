@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from snapgen_core.crops import to_tensor
+from snapgen_core.data import to_tensor
 from snapgen_core.paths import data_dir
 from snapgen_core.perceptual import _FEATURES, EfficientNetLite0, Lite0Distance, _pretrained
 from snapgen_core.profile import count_parameters

@@ -24,8 +24,7 @@ def _rows(line: dict) -> Iterator[tuple[str, ...]]:
         yield *sizes, "", "skipped", "", "", ""
         return
     for layout, times in line["layouts"].items():
-        gflops = 2 * line["macs"] / times["median"] / 1e9
-        cells = (f"{times['median']:.3g}", f"{gflops:.0f}", f"{gflops / line['matmul_gflops']:.0%}", _ratio(times))
+        cells = (f"{times['median']:.3g}", f"{times['gflops']:.0f}", f"{times['share_of_peak']:.0%}", _ratio(times))
         yield (*sizes, f"{line['memory_gib']:.2f} GiB", *cells) if layout == "as_built" else ("  channels last", "", "", "", *cells)
 
 

@@ -87,7 +87,7 @@ class AutoencoderStage:
 
     @torch.no_grad()
     def save(self, root: Path) -> list[Path]:
-        """Ships the autoencoder in fp16, with the latent's shift and scale measured over 1,024 training scenes, so that
+        """Ships the autoencoder in fp16, with the latent's shift and scale measured over 1,024 training pictures, so that
         z_in = (z - shift) * scale has mean 0 and standard deviation 1 (SD3's convention)."""
         vae = self.module.vae
         if not self.encoder_frozen:

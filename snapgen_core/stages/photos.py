@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..crops import PictureCrops, to_tensor
+from ..crops import PictureCrops
+from ..data import to_tensor
 from ..errors import UserError
 from ..evaluate.fidelity import psnr
 from ..latents import reconstruct
