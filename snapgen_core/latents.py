@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from .decoder import TinyDecoder
+from .errors import UserError
 from .paths import checkpoint_dir
 from .scales import get_scale
 from .weights import load_model, weights_digest
@@ -22,7 +23,9 @@ def load_autoencoder(scale: str, folder: Path | None = None) -> AutoencoderKL:
 
 
 def load_decoder(folder: Path) -> TinyDecoder:
-    """The tiny decoder in `folder`, frozen, fp32. Raises UserError as `load_model`."""
+    """The tiny decoder in `folder`, frozen, fp32. Raises UserError where there is none, or no sound one."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no tiny decoder in {folder}: train one with `snapgen train decoder` at its scale, and --ship it")
     return load_model(TinyDecoder, folder, f"the decoder {folder.name}").requires_grad_(False)
 
 
@@ -34,21 +37,19 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Normalised latents [B,16,h,w] to images [B,3,8h,8w] in [-1, 1]."""
-    z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(z).sample.clamp(-1, 1)
+def decode(decoder: AutoencoderKL | TinyDecoder, latents: Tensor) -> Tensor:
+    """Normalised latents [B,16,h,w] to images [B,3,8h,8w] in [-1, 1], by an autoencoder's own decoder or by a tiny one."""
+    z = latents.to(decoder.device, decoder.dtype)
+    if isinstance(decoder, AutoencoderKL):  # the tiny one reads them as they are
+        z = z / decoder.config.scaling_factor + decoder.config.shift_factor
+        return decoder.decode(z).sample.clamp(-1, 1)
+    return decoder(z).sample.clamp(-1, 1)
 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: Tensor, decoder: TinyDecoder | None = None, batch: int = 32) -> Tensor:
     """Images [N,3,H,W] to latents and back, through `decoder` or else through the autoencoder's own; in [-1, 1]."""
-    parts = []
-    for part in images.split(batch):
-        latents = encode(vae, part)
-        back = decode(vae, latents) if decoder is None else decoder(latents.to(decoder.device)).sample.clamp(-1, 1)
-        parts.append(back.cpu())
-    return torch.cat(parts)
+    return torch.cat([decode(vae if decoder is None else decoder, encode(vae, part)).cpu() for part in images.split(batch)])
 
 
 def latents_digest(vae: AutoencoderKL) -> str:

@@ -12,15 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from . import flow
+from .decoder import TinyDecoder
 from .errors import UserError
-from .latents import decode, load_autoencoder
+from .latents import decode, load_autoencoder, load_decoder
 from .paths import checkpoint_dir
-from .scales import get_scale
+from .scales import DECODERS, PICTURE_STAGES, get_scale
 from .text import ENCODERS, TextEncoders, load_text_encoders
 from .unet import SnapGenUNet
 from .weights import load_model
-
-PICTURE_STAGES = ("base",)  # what `load` offers; later chapters add kd and distilled
 
 
 @dataclass
@@ -33,14 +32,16 @@ class SnapGenPipelineOutput(BaseOutput):
 class SnapGenPipeline(DiffusionPipeline):
     """Text encoders, student UNet and decoder (Sec. 4, "Model Details").
 
-    The text encoders have SD3's component names; `clip_tokens` and `lm_tokens` are the lengths at which prompts are cut;
+    Pictures are decoded by `decoder`, or where there is none by the autoencoder's own. The text encoders have SD3's component names; `clip_tokens` and `lm_tokens` are the lengths at which prompts are cut;
     `image_size` are the pixels that the student was trained for (SD3's autoencoder names its own).
     """
 
-    def __init__(self, unet: SnapGenUNet, vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens: int = 77, lm_tokens: int = 77, image_size: int = 1024):
+    _optional_components = ["decoder"]
+
+    def __init__(self, unet: SnapGenUNet, vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens: int = 77, lm_tokens: int = 77, image_size: int = 1024, decoder: TinyDecoder | None = None):
         super().__init__()
         self.register_modules(
-            unet=unet, vae=vae, scheduler=scheduler,
+            unet=unet, vae=vae, decoder=decoder, scheduler=scheduler,
             text_encoder=text_encoder, tokenizer=tokenizer,
             text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
             text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
@@ -133,7 +134,7 @@ class SnapGenPipeline(DiffusionPipeline):
                 bar.update()
         if output_type == "latent":
             return SnapGenPipelineOutput(images=x)
-        images = decode(self.vae, x)
+        images = decode(self.vae if self.decoder is None else self.decoder, x)
         return SnapGenPipelineOutput(images=to_pil(images) if output_type == "pil" else images)
 
 
@@ -143,8 +144,8 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).numpy()]
 
 
-def build(scale: str, unet: SnapGenUNet) -> SnapGenPipeline:
-    """A pipeline of the scale's autoencoder and text encoders around `unet`.
+def build(scale: str, unet: SnapGenUNet, decoder: TinyDecoder | None = None) -> SnapGenPipeline:
+    """A pipeline of the scale's autoencoder and text encoders around `unet`, and around a tiny `decoder` if there is one.
 
     Raises:
         UserError: the student reads other text or latent channels than these give.
@@ -159,14 +160,15 @@ def build(scale: str, unet: SnapGenUNet) -> SnapGenPipeline:
     pipe = SnapGenPipeline(
         unet.eval(), load_autoencoder(scale), FlowMatchEulerDiscreteScheduler(shift=config.shift),
         text.clip_l, text.tokenizers["clip_l"], text.clip_g, text.tokenizers["clip_g"], text.lm, text.tokenizers["lm"],
-        config.clip_tokens, config.lm_tokens, config.image_size,
+        config.clip_tokens, config.lm_tokens, config.image_size, decoder,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None) -> SnapGenPipeline:
-    """The pipeline with the weights that ship (`data/checkpoints/<scale>/<stage>`), or with the UNet in `folder`.
+def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None, decoder: str = "full") -> SnapGenPipeline:
+    """The pipeline with the weights that ship (`data/checkpoints/<scale>/<stage>`), or with the UNet in `folder`, and with
+    the autoencoder's own decoder ("full") or the one that `snapgen train decoder --ship` made ("tiny").
 
     Raises:
         UserError: unknown names, or weights that are missing, truncated or of another model.
@@ -174,7 +176,10 @@ def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None) -
     get_scale(scale)
     if stage not in PICTURE_STAGES:
         raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(PICTURE_STAGES)}")
-    return build(scale, load_unet(folder or checkpoint_dir(scale) / stage))
+    if decoder not in DECODERS:
+        raise UserError(f"unknown decoder {decoder!r}: choose {' or '.join(DECODERS)}")
+    tiny = load_decoder(checkpoint_dir(scale) / "decoder") if decoder == "tiny" else None
+    return build(scale, load_unet(folder or checkpoint_dir(scale) / stage), tiny)
 
 
 def load_unet(folder: Path) -> SnapGenUNet:

@@ -52,6 +52,8 @@ SCALES = {
     "paper": Scale("paper", image_size=1024, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35),
 }
 SCALE_NAMES = tuple(SCALES)
+PICTURE_STAGES = ("base",)  # students that draw; later chapters add kd and distilled
+DECODERS = ("full", "tiny")  # the autoencoder's own, or that of Sec. 3.2
 
 
 def get_scale(name: str) -> Scale:

@@ -77,12 +77,10 @@ def test_help_loads_nothing_heavy():
 
 def test_choices_are_the_librarys():
     from snapgen_core.peers import BENCHMARKS
-    from snapgen_core.pipeline import PICTURE_STAGES as picture_stages
     from snapgen_core.scales import SCALE_NAMES
     from snapgen_core.stages import STAGES
 
     assert cli.TRAIN_STAGES == tuple(STAGES)
-    assert cli.PICTURE_STAGES == picture_stages
     assert cli.BENCHMARKS == tuple(BENCHMARKS)
     assert all("{" + ",".join(SCALE_NAMES) + "}" in cli.build_parser()._subparsers._group_actions[0].choices[name].format_help() for name in COMMANDS)
 

@@ -288,7 +288,7 @@ def test_evaluate_stage(monkeypatch):
         return SimpleNamespace(images=oracle.generate(captions, []))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("snapgen_core.load", lambda scale, stage, folder: pipe)
+    monkeypatch.setattr("snapgen_core.load", lambda scale, stage, folder, decoder: pipe)
     monkeypatch.setattr("snapgen_core.evaluate.sceneeval.load_detector", lambda: oracle)
     result = evaluate_stage("tiny", "base", images=4, seed=0, steps=4, guidance=1.0)
     assert json.loads(json.dumps(result)) == result

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 import snapgen_core
 from snapgen_core import flow
+from snapgen_core.decoder import TinyDecoder
 from snapgen_core.errors import UserError
-from snapgen_core.latents import decode
+from snapgen_core.latents import decode, load_decoder
 from snapgen_core.paths import checkpoint_dir
 from snapgen_core.pipeline import SnapGenPipeline, load_unet, to_pil
 
@@ -95,6 +96,23 @@ def test_save_and_load_give_the_same_picture(pipe, tmp_path):
     assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_a_tiny_decoder_draws_the_same_latent(pipe, tmp_path):
+    torch.manual_seed(0)
+    decoder = TinyDecoder.from_preset("tiny").eval()
+    tiny = SnapGenPipeline(**pipe.components | {"decoder": decoder}, **{name: pipe.config[name] for name in ("clip_tokens", "lm_tokens", "image_size")})
+    tiny.set_progress_bar_config(disable=True)
+
+    def draw(pipe, kind):
+        return pipe("a red car", num_inference_steps=2, generator=seeds(0), output_type=kind).images
+
+    with torch.no_grad():
+        expected = decoder(draw(pipe, "latent")).sample.clamp(-1, 1)
+    assert torch.allclose(draw(tiny, "pt"), expected, atol=1e-5)
+    assert not torch.allclose(expected, draw(pipe, "pt"), atol=0.1)
+    tiny.save_pretrained(tmp_path)
+    assert torch.allclose(draw(SnapGenPipeline.from_pretrained(tmp_path), "pt"), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "prompt, settings, message",
     [
@@ -117,6 +135,13 @@ def test_unknown_names():
         snapgen_core.load("huge")
     with pytest.raises(UserError, match="unknown stage 'best'"):
         snapgen_core.load("tiny", "best")
+    with pytest.raises(UserError, match="unknown decoder 'huge'"):
+        snapgen_core.load("tiny", decoder="huge")
+
+
+def test_a_decoder_that_nobody_has_trained(tmp_path):
+    with pytest.raises(UserError, match="no tiny decoder in .*: train one"):
+        load_decoder(tmp_path)
 
 
 @pytest.fixture

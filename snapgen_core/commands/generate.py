@@ -54,7 +54,7 @@ def generate(args: argparse.Namespace) -> int:
 
     from .. import load
 
-    pipe = load(args.scale, args.stage, args.checkpoint)
+    pipe = load(args.scale, args.stage, args.checkpoint, args.decoder)
     if torch.cuda.is_available():
         pipe.to("cuda")
     unread = pipe.text.truncated(prompt)
@@ -72,7 +72,7 @@ def generate(args: argparse.Namespace) -> int:
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
         facts = {"prompt": prompt, "seed": seed, "steps": args.steps, "guidance": args.guidance}
-        save_png(image, name, {**facts, "stage": args.stage, "scale": args.scale, "software": "snapgen"})
+        save_png(image, name, {**facts, "stage": args.stage, "decoder": args.decoder, "scale": args.scale, "software": "snapgen"})
     seeds = f"seed {args.seed}" if args.num == 1 else f"seeds {args.seed} to {args.seed + args.num - 1}"
     written = str(names[0]) if args.num == 1 else f"{args.num} pictures, {names[0]} to {names[-1].name}"
     print(f"{written}: {image.width} px, {args.steps} steps, guidance {args.guidance:g}, {seeds}")

@@ -145,7 +145,7 @@ def evaluate_unet(
 
 
 def evaluate_stage(
-    scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, folder: Path | None = None
+    scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, folder: Path | None = None, decoder: str = "full"
 ) -> dict:
     """SceneEval of a shipped student (or of the one in `folder`) as a JSON-able dict: `Report.to_dict()` and the settings.
 
@@ -153,13 +153,14 @@ def evaluate_stage(
     """
     from .. import load
 
-    pipe = load(scale, stage, folder)
+    pipe = load(scale, stage, folder, decoder)
     if torch.cuda.is_available():
         pipe = pipe.to("cuda")
     report = evaluate_pipeline(pipe, images, seed, steps, guidance)
     settings = {
         "scale": scale,
         "stage": stage,
+        "decoder": decoder,
         "seed": seed,
         "steps": steps,
         "guidance": guidance,
