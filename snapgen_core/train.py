@@ -40,7 +40,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     ema_decay: float = 0.999
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
     warmup_steps: int = 100
     steps: int = 10_000  # the whole stage, where no budget is given
 
@@ -253,7 +253,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
             with accelerator.autocast():
                 loss, figures = module(**{key: value.to(accelerator.device) for key, value in batch.items()})
             accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(module.parameters(), settings.clip_norm)
+            norm = accelerator.clip_grad_norm_(module.parameters(), math.inf if settings.clip_norm is None else settings.clip_norm)
             figures = {"loss": loss, **figures, "grad_norm": norm}
             figures = {name: value.item() for name, value in figures.items()}  # read last: on a GPU that waits for the device
             seconds = time.monotonic() - began

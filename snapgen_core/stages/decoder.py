@@ -21,7 +21,7 @@ from ..train import TrainSettings, step_generator
 from ..weights import save_half
 from .autoencoder import MAX_LEVEL, MIX, draw_unseen_sprites
 
-PERCEPTUAL, ADVERSARIAL = 0.1, 0.05  # weights beside the MSE's 1; the paper names none
+PERCEPTUAL, ADVERSARIAL = 0.02, 0.05  # weights beside the MSE's 1; the paper names none
 
 
 class DecoderTraining(nn.Module):
@@ -66,10 +66,11 @@ class DecoderStage:
         self.judged_from = 1_500 if scale == "tiny" else 50_000  # steps; before that, pictures are too poor to be judged
         torch.manual_seed(seed)
         self.module = DecoderTraining(TinyDecoder.from_preset(scale)).to(memory_format=torch.channels_last)
+        # Not clipped: the discriminator's gradients are a hundred times the decoder's, and would decide for both.
         if scale == "tiny":
-            self.settings = TrainSettings(batch_size=32, learning_rate=2e-3, betas=(0.9, 0.99), steps=6_000)
+            self.settings = TrainSettings(batch_size=16, learning_rate=2e-3, betas=(0.9, 0.99), clip_norm=None, steps=6_000)
         else:  # batch and steps of Sec. 3.2; rate and betas are ours
-            self.settings = TrainSettings(batch_size=256, learning_rate=1e-4, betas=(0.9, 0.99), steps=1_000_000)
+            self.settings = TrainSettings(batch_size=256, learning_rate=1e-4, betas=(0.9, 0.99), clip_norm=None, steps=1_000_000)
 
     def drawing(self, pictures: Path | None) -> Callable[[range], Tensor]:
         """indices -> pictures [N,3,S,S]."""

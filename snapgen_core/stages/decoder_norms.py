@@ -47,8 +47,7 @@ class DecoderNormsStage(DecoderStage):
             raise UserError(f"the three decoders are trained at tiny only, not at {scale}")
         super().__init__(scale, seed)
         self.module = NormsTraining(seed).to(memory_format=torch.channels_last)
-        # The gradient's norm is that of three networks together, where each alone would be clipped at 1.
-        self.settings = replace(self.settings, steps=2_000, clip_norm=len(NORMS) ** 0.5)
+        self.settings = replace(self.settings, steps=2_000)  # not clipped: each learns as if it were alone
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         return {name: value for name, value in super().batch(step, rank, world).items() if name != "judged"}
