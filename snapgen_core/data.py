@@ -19,11 +19,15 @@ from tqdm.auto import tqdm
 from .errors import UserError, reason
 from .files import atomic_folder
 from .latents import encode, latents_digest
+from .paths import data_dir
 from .scenes import draw_scene
 
 SHARD = 4096  # scenes in a shard of cached latents
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)  # Pillow raises any of them
+# The five whose licences ask for "share alike", so that no weights come from them, and a face.
+TEST_PHOTOS = ("Bridge_by_Sander_Klootwijk", "Dragonfly_by_Bolly", "Kleiber_by_Lukas_Baubkus", "free_by_Peter_Nerlich", "greentock_by_Peter_Nerlich", "astronaut")
+TEST_SIDE = 496  # the smallest has 500 pixels, and a latent pixel is 8 of them
 
 
 def scenes_digest(seed: int, size: int) -> str:
@@ -157,3 +161,9 @@ def _caption(path: Path) -> str:
     if text.exists():
         return text.read_text("utf-8", errors="replace").strip()
     return path.stem.replace("_", " ").replace("-", " ")
+
+
+def load_test_photos() -> Tensor:
+    """The photos that no training draws, [6, 3, 496, 496]: their upper left parts, pixel by pixel."""
+    files = [data_dir() / "photos" / f"{name}.webp" for name in TEST_PHOTOS]
+    return torch.stack([to_tensor(Image.open(file))[:, :TEST_SIDE, :TEST_SIDE] for file in files])

@@ -10,6 +10,7 @@ from PIL import Image
 
 from snapgen_core.adversarial import adaptive_weight, fooling_loss
 from snapgen_core.cli import main
+from snapgen_core.data import TEST_PHOTOS, load_test_photos
 from snapgen_core.decoder import TinyDecoder
 from snapgen_core.errors import UserError
 from snapgen_core.latents import encode, load_autoencoder, load_decoder, reconstruct
@@ -109,6 +110,17 @@ def test_reconstruct_takes_either_decoder(stage):
     assert own.shape == tiny.shape == images.shape and own.abs().max() <= 1 and not torch.allclose(own, tiny)
 
 
+def test_a_large_decoder_is_scored_on_the_shipped_photos(stage, monkeypatch):
+    monkeypatch.setattr(stage, "scale", "small")
+    monkeypatch.setattr("snapgen_core.stages.decoder.load_test_photos", lambda: load_test_photos()[:2, :, :64, :64])
+    scores = stage.score()
+    photos = load_test_photos()[:2, :, :64, :64]
+    mse = (reconstruct(stage.vae, photos) - photos).square().flatten(1).mean(1)
+    assert scores["photos.full_psnr_db"] == pytest.approx((10 * (4 / mse).log10()).mean().item(), rel=1e-4)
+    assert scores["photos.behind_db"] == pytest.approx(scores["photos.full_psnr_db"] - scores["photos.psnr_db"], rel=1e-4)
+    assert scores["photos.behind_spread_db"] >= 0
+
+
 def test_a_users_pictures_are_what_it_learns_from(tmp_path):
     Image.fromarray(np.full((80, 90, 3), (255, 0, 0), dtype=np.uint8)).save(tmp_path / "red.png")
     image = build_stage("decoder", "tiny", 0, tmp_path).draw(range(2))
@@ -151,7 +163,7 @@ def test_training_and_test_photos_never_meet():
     names = {path.stem for path in (data_dir() / "photos").glob("*.webp")}
     mix = photos.PhotoMix(0, 64)
     drawn = {name.removesuffix(".webp") for name, _ in mix.crops.sources}
-    assert set(photos.TEST_PHOTOS) < names and drawn == names - set(photos.TEST_PHOTOS)
+    assert set(TEST_PHOTOS) < names and drawn == names - set(TEST_PHOTOS)
     licences = (data_dir() / "photos" / "ATTRIBUTION.csv").read_text("utf-8").splitlines()
     assert not any("CC-BY-SA" in line and line.split(".webp")[0] in drawn for line in licences)
 
@@ -162,7 +174,7 @@ def test_photo_crops_are_pure_and_varied():
 
 
 def test_test_photos_fit_the_encoder():
-    tensor = photos.load_test_photos()
+    tensor = load_test_photos()
     assert tensor.shape == (6, 3, 496, 496) and tensor.min() >= -1 and tensor.max() <= 1
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..crops import PictureCrops
-from ..data import to_tensor
+from ..data import TEST_PHOTOS, load_test_photos
 from ..errors import UserError
 from ..evaluate.fidelity import psnr
 from ..latents import reconstruct
@@ -20,10 +19,6 @@ from ..paths import data_dir
 from ..scenes import draw_scene
 from .autoencoder import MIX, AutoencoderStage
 from .decoder import DecoderStage
-
-# The five whose licences ask for "share alike", so that no weights come from them, and a face.
-TEST_PHOTOS = ("Bridge_by_Sander_Klootwijk", "Dragonfly_by_Bolly", "Kleiber_by_Lukas_Baubkus", "free_by_Peter_Nerlich", "greentock_by_Peter_Nerlich", "astronaut")
-TEST_SIDE = 496  # the smallest has 500 pixels, and a latent pixel is 8 of them
 
 
 class PhotoMix:
@@ -45,12 +40,6 @@ class PhotoMix:
         rng = np.random.default_rng([11, self.seed, index])
         colours, quarters = rng.permutation(3), int(rng.integers(4))
         return torch.rot90(self.crops.draw(index)[torch.from_numpy(colours)], quarters, (1, 2))
-
-
-def load_test_photos() -> Tensor:
-    """The photos that no training draws, [6, 3, 496, 496]: their upper left parts, pixel by pixel."""
-    files = [data_dir() / "photos" / f"{name}.webp" for name in TEST_PHOTOS]
-    return torch.stack([to_tensor(Image.open(file))[:, :TEST_SIDE, :TEST_SIDE] for file in files])
 
 
 class PhotoAutoencoderStage(AutoencoderStage):
