@@ -3,15 +3,18 @@
 import io
 import tarfile
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from .data import IMAGE_SUFFIXES, UNREADABLE, open_picture, to_tensor
 from .errors import UserError, reason
+from .threads import physical_cores
 
 
 class PictureCrops:
@@ -41,7 +44,13 @@ class PictureCrops:
         if not self.sources:
             raise UserError(f"no picture and no .tar of pictures in {folder}")
 
+    def __call__(self, indices: Iterable[int]) -> Tensor:
+        """The crops of those numbers, [N, 3, size, size], a thread a core: Pillow reads and scales without Python's lock."""
+        with ThreadPoolExecutor(physical_cores()) as pool:
+            return torch.stack(list(pool.map(self.draw, indices)))
+
     def draw(self, index: int) -> Tensor:
+        """Crop number `index`, [3, size, size]."""
         rng = np.random.default_rng([self.seed, index])
         first = int(rng.integers(len(self.sources)))
         for k in range(len(self.sources)):
@@ -51,8 +60,9 @@ class PictureCrops:
             try:
                 return crop(read(), self.size, rng)
             except UNREADABLE as error:
-                self.skipped.add(name)
-                warnings.warn(f"left out {name}, which cannot be read: {reason(error)} ({len(self.skipped)} so far)", stacklevel=2)
+                if name not in self.skipped:  # another thread may have met it too
+                    self.skipped.add(name)
+                    warnings.warn(f"left out {name}, which cannot be read: {reason(error)} ({len(self.skipped)} so far)", stacklevel=2)
         raise UserError(f"none of {len(self.sources)} pictures can be read")
 
 

@@ -39,6 +39,19 @@ def test_crops_are_a_pure_function_of_seed_and_index(tmp_path):
     assert a.draw(0).shape == (3, 16, 16) and a.draw(0).min() >= -1 and a.draw(0).max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:left out")
+def test_many_at_once_are_the_same_as_one_by_one(tmp_path):
+    for i in range(4):
+        picture(seed=i).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    shard(tmp_path / "more.tar", {f"{i}.png": png(picture(seed=i)) for i in range(10, 14)})
+    one_by_one = PictureCrops(tmp_path, 16)
+    expected = torch.stack([one_by_one.draw(i) for i in range(3, 60)])
+    together = PictureCrops(tmp_path, 16)
+    assert torch.equal(together(range(3, 60)), expected)
+    assert together.skipped == one_by_one.skipped == {"2.png"}
+
+
 def test_a_crop_of_a_picture_as_small_as_itself_is_the_picture_or_its_mirror():
     image = picture(16, 16)
     whole = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1

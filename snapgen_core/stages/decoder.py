@@ -77,8 +77,7 @@ class DecoderStage:
         """indices -> pictures [N,3,S,S]."""
         if pictures is None:
             return lambda indices: draw_images(self.seed, indices, size=self.size, mix=MIX)
-        crops = PictureCrops(pictures, self.size, self.seed)
-        return lambda indices: torch.stack([crops.draw(index) for index in indices])
+        return PictureCrops(pictures, self.size, self.seed)
 
     @cached_property
     def vae(self):
