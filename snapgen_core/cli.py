@@ -102,6 +102,8 @@ def _add_train(commands) -> None:
                        help="checkpoints and log (default: exports/runs/SCALE/STAGE)")
     train.add_argument("--data", type=Path, metavar="FOLDER",
                        help="pictures to learn from, as files or in WebDataset shards (stage decoder only)")
+    train.add_argument("--perceptual", metavar="{lite0,lpips}",
+                       help="what the perceptual loss looks through (stage decoder only; default: lite0 at tiny, or else lpips)")
     train.add_argument("--warm-start", action="store_true",
                        help="begin with the shipped weights (a run that resumes goes on with its own)")
     train.add_argument("--ship", action="store_true", help="put the final weights among the shipped checkpoints")

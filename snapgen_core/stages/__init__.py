@@ -37,10 +37,10 @@ def _ablation(scale: str, seed: int) -> Stage:
     return AblationStage(scale, seed)
 
 
-def _decoder(scale: str, seed: int, pictures: Path | None = None) -> Stage:
+def _decoder(scale: str, seed: int, **options) -> Stage:
     from .decoder import DecoderStage
 
-    return DecoderStage(scale, seed, pictures)
+    return DecoderStage(scale, seed, **options)
 
 
 def _decoder_norms(scale: str, seed: int) -> Stage:
@@ -73,15 +73,14 @@ STAGES: dict[str, Callable[..., Stage]] = {
     "base": _base,
     "ablation": _ablation,
 }
-ON_PICTURES = ("decoder",)  # stages that can also learn from a folder of pictures
+WITH_OPTIONS = ("decoder",)  # stages that take `data` and `perceptual`
 
 
-def build_stage(name: str, scale: str, seed: int = 0, pictures: Path | None = None) -> Stage:
-    """The stage `name`. Raises UserError for an unknown one, or for `pictures` where it cannot learn from them."""
+def build_stage(name: str, scale: str, seed: int = 0, data: Path | None = None, perceptual: str | None = None) -> Stage:
+    """The stage `name`. Raises UserError for an unknown one, or for options that it does not take."""
     if name not in STAGES:
         raise UserError(f"unknown stage {name!r}: choose one of {', '.join(STAGES)}")
-    if pictures is None:
-        return STAGES[name](scale, seed)
-    if name not in ON_PICTURES:
-        raise UserError(f"stage {name} takes no folder of pictures, only {', '.join(ON_PICTURES)} does")
-    return STAGES[name](scale, seed, pictures)
+    options = {key: value for key, value in {"data": data, "perceptual": perceptual}.items() if value is not None}
+    if options and name not in WITH_OPTIONS:
+        raise UserError(f"stage {name} takes no --{next(iter(options))}, only {', '.join(WITH_OPTIONS)} does")
+    return STAGES[name](scale, seed, **options)

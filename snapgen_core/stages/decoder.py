@@ -15,14 +15,15 @@ from ..errors import UserError
 from ..evaluate.fidelity import colour_error, psnr, ssim
 from ..latents import encode, load_autoencoder, load_decoder, reconstruct
 from ..paths import checkpoint_dir
-from ..perceptual import Lite0Distance
+from ..perceptual import perceptual_distance
 from ..scales import get_scale
 from ..scenes import draw_images, draw_scene
 from ..train import TrainSettings, step_generator
 from ..weights import save_half
 from .autoencoder import MAX_LEVEL, MIX, draw_unseen_sprites
 
-PERCEPTUAL, ADVERSARIAL = 0.02, 0.05  # weights beside the MSE's 1; the paper names none
+# Weights beside the MSE's 1; the paper names none. LPIPS is about a fifth of the Lite0 distance.
+PERCEPTUAL, ADVERSARIAL = {"lite0": 0.02, "lpips": 0.1}, 0.05
 
 
 class DecoderTraining(nn.Module):
@@ -32,17 +33,17 @@ class DecoderTraining(nn.Module):
     backward pass, on pictures that carry no gradient. While `judged` is 0 the decoder does not listen to it yet.
     """
 
-    def __init__(self, decoder: TinyDecoder):
+    def __init__(self, decoder: TinyDecoder, perceptual: str = "lite0"):
         super().__init__()
         self.decoder = decoder
         self.discriminator = PatchDiscriminator()
-        self.distance = Lite0Distance()
+        self.distance, self.weight = perceptual_distance(perceptual), PERCEPTUAL[perceptual]
 
     def forward(self, image: Tensor, latent: Tensor, judged: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         made = self.decoder(latent).sample
         mse = (made - image).square().mean()
         perceptual = self.distance(made, image).mean()
-        reconstruction = mse + PERCEPTUAL * perceptual
+        reconstruction = mse + self.weight * perceptual
         judge = discriminator_loss(self.discriminator(image), self.discriminator(made.detach()))
         loss = reconstruction + judge
         if judged:
@@ -52,32 +53,38 @@ class DecoderTraining(nn.Module):
 
 
 class DecoderStage:
-    """See `snapgen_core.train.Stage`. `pictures`: a folder of pictures or of WebDataset shards; at `tiny` emoji scenes."""
+    """See `snapgen_core.train.Stage`.
+
+    Args:
+        data: a folder of pictures or of WebDataset shards (default at `tiny`: emoji scenes).
+        perceptual: "lpips", as in the paper, or "lite0", which needs no network (default at `tiny`).
+    """
 
     name = "decoder"
     encoder = "autoencoder"  # whose latents it reads
 
-    def __init__(self, scale: str, seed: int, pictures: Path | None = None):
+    def __init__(self, scale: str, seed: int, data: Path | None = None, perceptual: str | None = None):
         self.scale, self.seed = scale, seed
-        if pictures is None and get_scale(scale).hub:
+        if data is None and get_scale(scale).hub:
             raise UserError(f"at scale {scale} the decoder learns from photographs: name a folder of them, or of WebDataset shards, with --data")
         self.size = 64 if scale == "tiny" else 256  # Sec. 3.2: "trained on 256^2 image patches"
-        self.options = {"data": str(pictures)} if pictures else {}
-        self.draw = self.drawing(pictures)
+        self.perceptual = perceptual or ("lite0" if scale == "tiny" else "lpips")
+        self.options = {name: str(value) for name, value in {"data": data, "perceptual": perceptual}.items() if value is not None}
+        self.draw = self.drawing(data)
         self.judged_from = 1_500 if scale == "tiny" else 50_000  # steps; before that, pictures are too poor to be judged
         torch.manual_seed(seed)
-        self.module = DecoderTraining(TinyDecoder.from_preset(scale)).to(memory_format=torch.channels_last)
+        self.module = DecoderTraining(TinyDecoder.from_preset(scale), self.perceptual).to(memory_format=torch.channels_last)
         # Not clipped: the discriminator's gradients are a hundred times the decoder's, and would decide for both.
         if scale == "tiny":
             self.settings = TrainSettings(batch_size=16, learning_rate=2e-3, betas=(0.9, 0.99), clip_norm=None, steps=6_000)
         else:  # batch and steps of Sec. 3.2; rate and betas are ours
             self.settings = TrainSettings(batch_size=256, learning_rate=1e-4, betas=(0.9, 0.99), clip_norm=None, steps=1_000_000)
 
-    def drawing(self, pictures: Path | None) -> Callable[[range], Tensor]:
+    def drawing(self, data: Path | None) -> Callable[[range], Tensor]:
         """indices -> pictures [N,3,S,S]."""
-        if pictures is None:
+        if data is None:
             return lambda indices: draw_images(self.seed, indices, size=self.size, mix=MIX)
-        return PictureCrops(pictures, self.size, self.seed)
+        return PictureCrops(data, self.size, self.seed)
 
     @cached_property
     def vae(self):
@@ -108,14 +115,14 @@ class DecoderStage:
     @torch.no_grad()
     def score(self) -> dict[str, float]:
         """PSNR (mean and standard deviation over the pictures) of this decoder, of the autoencoder's own, and by how much the
-        one is behind the other; SSIM, Lite0 distance and colour error of this one."""
+        one is behind the other; SSIM, perceptual distance and colour error of this one."""
         scores = {}
         for name, images in self.unseen().items():
             ours, full = reconstruct(self.vae, images, self.module.decoder), reconstruct(self.vae, images)
             tiny_db, full_db = psnr(ours, images), psnr(full, images)
             for key, db in {"psnr": tiny_db, "full_psnr": full_db, "behind": full_db - tiny_db}.items():
                 scores |= {f"{name}.{key}_db": db.mean().item(), f"{name}.{key}_spread_db": db.std().item()}
-            for key, measure in {"ssim": ssim, "lite0": self.module.distance, "colour_error": colour_error}.items():
+            for key, measure in {"ssim": ssim, self.perceptual: self.module.distance, "colour_error": colour_error}.items():
                 scores[f"{name}.{key}"] = measure(ours, images).mean().item()
         return scores
 

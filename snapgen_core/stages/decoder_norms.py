@@ -32,7 +32,7 @@ class NormsTraining(nn.Module):
         for norm, decoder in self.decoders.items():
             made = decoder(latent).sample
             mse = (made - image).square().mean()
-            total = total + mse + PERCEPTUAL * self.distance(made, image).mean()
+            total = total + mse + PERCEPTUAL["lite0"] * self.distance(made, image).mean()
             figures[f"mse_{norm}"] = mse.detach()
         return total, figures
 

@@ -67,7 +67,7 @@ class PhotoDecoderStage(DecoderStage):
             raise UserError(f"the shipped photos are for tiny: at scale {scale} train the stage decoder on a folder of your own")
         super().__init__(scale, seed)
 
-    def drawing(self, pictures: Path | None):
+    def drawing(self, data: Path | None):
         return PhotoMix(self.seed, self.size)
 
     def unseen(self) -> dict[str, Tensor]:
