@@ -20,10 +20,11 @@ from ..scales import get_scale
 from ..scenes import draw_images, draw_scene
 from ..train import TrainSettings, step_generator
 from ..weights import save_half
-from .autoencoder import MAX_LEVEL, MIX, draw_unseen_sprites
+from .autoencoder import MIX, draw_unseen_sprites
 
 # Weights beside the MSE's 1; the paper names none. LPIPS is about a fifth of the Lite0 distance.
-PERCEPTUAL, ADVERSARIAL = {"lite0": 0.02, "lpips": 0.1}, 0.05
+PERCEPTUAL, ADVERSARIAL = {"lite0": 0.01, "lpips": 0.05}, 0.05
+MAX_LEVEL = 0.2  # the strongest noise on latents at tiny, in units of their standard deviation
 
 
 class DecoderTraining(nn.Module):
@@ -99,7 +100,7 @@ class DecoderStage:
         image = self.draw(range(first + rank, first + self.settings.batch_size, world))
         latent = encode(self.vae, image).cpu()
         generator = step_generator(self.seed, step, rank)
-        if self.scale == "tiny":  # as the shipped autoencoder's own decoder: a small student's latents are off
+        if self.scale == "tiny":  # a small student's latents are off by more than a large one's
             level = MAX_LEVEL * torch.rand(len(image), 1, 1, 1, generator=generator)
             latent = latent + level * torch.randn(latent.shape, generator=generator)
         judged = torch.tensor([float(step >= self.judged_from)])
