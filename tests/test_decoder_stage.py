@@ -1,6 +1,8 @@
 """The decoder's trainings: the loss by hand, gradients where they belong, data that never mix, what ships."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from snapgen_core.adversarial import adaptive_weight, fooling_loss
 from snapgen_core.cli import main
@@ -17,7 +20,7 @@ from snapgen_core.errors import UserError
 from snapgen_core.latents import encode, load_autoencoder, load_decoder, reconstruct
 from snapgen_core.paths import data_dir
 from snapgen_core.profile import count_parameters
-from snapgen_core.stages import build_stage, photos
+from snapgen_core.stages import build_stage, decoder, photos
 from snapgen_core.stages.decoder import ADVERSARIAL, MAX_LEVEL, PERCEPTUAL, DecoderStage, DecoderTraining
 from snapgen_core.train import train
 
@@ -143,6 +146,32 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(tmp_path):
     train(stage(tmp_path / "one"), tmp_path / "run", steps=2, progress=False)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["command"].endswith(f"--steps 2 --data {tmp_path / 'one'}")
+
+
+def one_step_and_two(folder):
+    """Runs of one step, and of two, of which the second listens to the discriminator; no noise, which each process draws for itself."""
+    decoder.MAX_LEVEL = 0
+    for steps in (1, 2):
+        stage = DecoderStage("tiny", 0)
+        stage.score, stage.judged_from = dict, 1
+        stage.settings = replace(stage.settings, batch_size=4, warmup_steps=1, ema_decay=0.0)
+        train(stage, folder / str(steps), steps=steps, progress=False)
+
+
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "MAX_LEVEL", 0)
+    one_step_and_two(tmp_path / "alone")
+    script = "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from test_decoder_stage import one_step_and_two; one_step_and_two(Path(sys.argv[2]))"
+    (tmp_path / "two.py").write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, tmp_path / "two.py", os.path.dirname(__file__), tmp_path / "both"], check=True, capture_output=True, timeout=300)
+    begun = DecoderStage("tiny", 0).module.state_dict()
+    for steps in ("1", "2"):
+        alone, both = (load_file(tmp_path / name / steps / "model.safetensors") for name in ("alone", "both"))
+        assert alone.keys() == both.keys() == begun.keys()
+        moved, apart = (torch.cat([(a[name] - b[name]).abs().flatten() for name in a]).mean() for a, b in ((alone, begun), (alone, both)))
+        # Adam's first step has the size of the rate whatever the gradient's; later the adversarial weight is each process's own.
+        assert apart < (0.01 if steps == "1" else 0.3) * moved
 
 
 @pytest.mark.parametrize(
