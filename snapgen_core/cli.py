@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError
-from .scales import DECODERS, PICTURE_STAGES
+from .scales import PICTURE_DECODERS, PICTURE_STAGES
 from .threads import cap_threads
 
 TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "ablation")
@@ -73,7 +73,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=PICTURE_STAGES, default="base", help="which student draws (default: base)")
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER",
                         help="a student in place of the shipped one, such as RUN_DIR/weights/base of a training")
-    parser.add_argument("--decoder", choices=DECODERS, default="full", help="what turns its latents into pictures: the autoencoder's own decoder or the tiny one (default: full)")
+    parser.add_argument("--decoder", choices=PICTURE_DECODERS, default="full", help="what turns its latents into pictures: the autoencoder's own decoder or the tiny one (default: full)")
     parser.add_argument("--steps", type=_steps, default=28, metavar="N", help="sampling steps, 1 to 1000 (default: 28)")
     parser.add_argument("--guidance", type=_number(float, 0, 30), default=4.0, metavar="G",
                         help="how strongly the prompt pulls, 0 to 30; 1 is no guidance (default: 4)")

@@ -173,6 +173,7 @@ def _taesd3() -> nn.Module:
 
 DECODERS = {
     "ours": Contender("SnapGen decoder (paper)", lambda: TinyDecoder.from_preset("paper"), lambda: {"latent": _latent(16)}),
+    "large": Contender("... for 2048 pixels", lambda: TinyDecoder.from_preset("paper"), lambda: {"latent": _latent(16, 256)}, "ours"),
     "taesd3": Contender("TAESD3 decoder", _taesd3, lambda: {"x": _latent(16)}, "ours"),
     "sdxl": Contender("SDXL decoder", lambda: _kl_decoder(4), lambda: {"sample": _latent(4)}, "ours", activations_gib=8.0),
     "sd3": Contender("SD3 decoder", lambda: _kl_decoder(16), lambda: {"sample": _latent(16)}, "ours", activations_gib=8.0),

@@ -16,7 +16,7 @@ from .decoder import TinyDecoder
 from .errors import UserError
 from .latents import decode, load_autoencoder, load_decoder
 from .paths import checkpoint_dir
-from .scales import DECODERS, PICTURE_STAGES, get_scale
+from .scales import PICTURE_DECODERS, PICTURE_STAGES, get_scale
 from .text import ENCODERS, TextEncoders, load_text_encoders
 from .unet import SnapGenUNet
 from .weights import load_model
@@ -176,8 +176,8 @@ def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None, d
     get_scale(scale)
     if stage not in PICTURE_STAGES:
         raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(PICTURE_STAGES)}")
-    if decoder not in DECODERS:
-        raise UserError(f"unknown decoder {decoder!r}: choose {' or '.join(DECODERS)}")
+    if decoder not in PICTURE_DECODERS:
+        raise UserError(f"unknown decoder {decoder!r}: choose {' or '.join(PICTURE_DECODERS)}")
     tiny = load_decoder(checkpoint_dir(scale) / "decoder") if decoder == "tiny" else None
     return build(scale, load_unet(folder or checkpoint_dir(scale) / stage), tiny)
 

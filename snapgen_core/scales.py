@@ -53,7 +53,7 @@ SCALES = {
 }
 SCALE_NAMES = tuple(SCALES)
 PICTURE_STAGES = ("base",)  # students that draw; later chapters add kd and distilled
-DECODERS = ("full", "tiny")  # the autoencoder's own, or that of Sec. 3.2
+PICTURE_DECODERS = ("full", "tiny")  # the autoencoder's own, or that of Sec. 3.2
 
 
 def get_scale(name: str) -> Scale:
