@@ -20,7 +20,8 @@ from snapgen_core.errors import UserError
 from snapgen_core.latents import encode, load_autoencoder, load_decoder, reconstruct
 from snapgen_core.paths import data_dir
 from snapgen_core.profile import count_parameters
-from snapgen_core.stages import build_stage, decoder, photos
+from snapgen_core.stages import build_stage, photos
+from snapgen_core.stages import decoder as decoder_stage
 from snapgen_core.stages.decoder import ADVERSARIAL, MAX_LEVEL, PERCEPTUAL, DecoderStage, DecoderTraining
 from snapgen_core.train import train
 
@@ -150,7 +151,7 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(tmp_path):
 
 def one_step_and_two(folder):
     """Runs of one step, and of two, of which the second listens to the discriminator; no noise, which each process draws for itself."""
-    decoder.MAX_LEVEL = 0
+    decoder_stage.MAX_LEVEL = 0
     for steps in (1, 2):
         stage = DecoderStage("tiny", 0)
         stage.score, stage.judged_from = dict, 1
@@ -159,7 +160,7 @@ def one_step_and_two(folder):
 
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoder, "MAX_LEVEL", 0)
+    monkeypatch.setattr(decoder_stage, "MAX_LEVEL", 0)
     one_step_and_two(tmp_path / "alone")
     script = "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from test_decoder_stage import one_step_and_two; one_step_and_two(Path(sys.argv[2]))"
     (tmp_path / "two.py").write_text(script)
