@@ -18,8 +18,9 @@ from snapgen_core.data import TEST_PHOTOS, load_test_photos
 from snapgen_core.decoder import TinyDecoder
 from snapgen_core.errors import UserError
 from snapgen_core.latents import encode, load_autoencoder, load_decoder, reconstruct
-from snapgen_core.paths import data_dir
+from snapgen_core.paths import checkpoint_dir, data_dir
 from snapgen_core.profile import count_parameters
+from snapgen_core.scenes import draw_scene
 from snapgen_core.stages import build_stage, photos
 from snapgen_core.stages import decoder as decoder_stage
 from snapgen_core.stages.decoder import ADVERSARIAL, MAX_LEVEL, PERCEPTUAL, DecoderStage, DecoderTraining
@@ -116,6 +117,7 @@ def test_reconstruct_takes_either_decoder(stage):
 
 
 def test_a_large_decoder_is_scored_on_the_shipped_photos(stage, monkeypatch):
+    stage.prepare()
     monkeypatch.setattr(stage, "scale", "small")
     monkeypatch.setattr("snapgen_core.stages.decoder.load_test_photos", lambda: load_test_photos()[:2, :, :64, :64])
     scores = stage.score()
@@ -219,6 +221,22 @@ def test_the_photo_decoder_reads_the_photo_autoencoder():
     with pytest.raises(UserError):
         photos.PhotoDecoderStage("paper", 0)
     assert isinstance(photos.PhotoDecoderStage("tiny", 0).module, DecoderTraining)
+
+
+def psnr_by_hand(made, images):
+    return (10 * (4 / (made - images).square().flatten(1).mean(1)).log10()).mean().item()
+
+
+def test_the_shipped_decoder_is_nearly_as_good_as_the_full_one():
+    vae, tiny = load_autoencoder("tiny"), load_decoder(checkpoint_dir("tiny") / "decoder")
+    scenes = torch.stack([draw_scene(7, i, split).image for split in ("seen", "held_out") for i in range(48)])  # not the card's
+    assert psnr_by_hand(reconstruct(vae, scenes, tiny), scenes) > psnr_by_hand(reconstruct(vae, scenes), scenes) - 0.5
+
+
+def test_so_is_the_one_for_photos():
+    vae, tiny = load_autoencoder("tiny", checkpoint_dir("tiny") / "photo_autoencoder"), load_decoder(checkpoint_dir("tiny") / "photo_decoder")
+    photos = load_test_photos()
+    assert psnr_by_hand(reconstruct(vae, photos, tiny, batch=1), photos) > psnr_by_hand(reconstruct(vae, photos, batch=1), photos) - 1
 
 
 def test_norms_are_compared_as_if_each_decoder_were_alone():
