@@ -8,6 +8,7 @@ uninterrupted one (many of a GPU's kernels do not add in a fixed order).
 
 import json
 import math
+import shlex
 import shutil
 import signal
 import time
@@ -337,7 +338,7 @@ def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, ste
             "stage": stage.name,
             "scale": stage.scale,
             "seed": stage.seed,
-            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}" + "".join(f" --{name} {value}" for name, value in stage.options.items()) + (" --warm-start" if origin else ""),
+            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}" + "".join(f" --{name} {shlex.quote(value)}" for name, value in stage.options.items()) + (" --warm-start" if origin else ""),
             "commit": git_commit(),
             "steps": step,
             "samples": step * stage.settings.batch_size,

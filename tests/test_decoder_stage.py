@@ -140,15 +140,15 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(tmp_path):
         built.score, built.settings = dict, replace(built.settings, batch_size=2)
         return built
 
-    for name in ("one", "other"):
+    for name in ("one folder", "other"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (80, 80), "red").save(tmp_path / name / "red.png")
-    train(stage(tmp_path / "one"), tmp_path / "run", steps=1, progress=False)
+    train(stage(tmp_path / "one folder"), tmp_path / "run", steps=1, progress=False)
     with pytest.raises(UserError, match="holds a run with data"):
         train(stage(tmp_path / "other"), tmp_path / "run", steps=2, progress=False)
-    train(stage(tmp_path / "one"), tmp_path / "run", steps=2, progress=False)
+    train(stage(tmp_path / "one folder"), tmp_path / "run", steps=2, progress=False)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["command"].endswith(f"--steps 2 --data {tmp_path / 'one'}")
+    assert result["command"].endswith(f"--steps 2 --data '{tmp_path / 'one folder'}'")
 
 
 def one_step_and_two(folder):
