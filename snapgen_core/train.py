@@ -162,9 +162,10 @@ def load_checkpoint(run_dir: Path, identity: dict) -> tuple[dict[str, Tensor], d
         tensors = load_file(found[-1] / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read the checkpoint {found[-1]}: {reason(error)}; remove that folder to resume from the one before") from None
-    for key, value in identity.items():
-        if facts["identity"].get(key) != value:
-            raise UserError(f"{run_dir} holds a run with {key} {facts['identity'].get(key)!r}, not {value!r}: choose another --run-dir")
+    for key in {**facts["identity"], **identity}:
+        held, asked = (one.get(key, "left out") for one in (facts["identity"], identity))
+        if held != asked:
+            raise UserError(f"{run_dir} holds a run with {key} {held}, not {asked}: choose another --run-dir")
     return tensors, facts
 
 

@@ -144,8 +144,9 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (80, 80), "red").save(tmp_path / name / "red.png")
     train(stage(tmp_path / "one folder"), tmp_path / "run", steps=1, progress=False)
-    with pytest.raises(UserError, match="holds a run with data"):
-        train(stage(tmp_path / "other"), tmp_path / "run", steps=2, progress=False)
+    for folder, told in ((tmp_path / "other", "not .*other"), (None, "not left out")):
+        with pytest.raises(UserError, match="holds a run with data .*one folder, " + told):
+            train(stage(folder), tmp_path / "run", steps=2, progress=False)
     train(stage(tmp_path / "one folder"), tmp_path / "run", steps=2, progress=False)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["command"].endswith(f"--steps 2 --data '{tmp_path / 'one folder'}'")
