@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from .decoder import TinyDecoder
+from .memory import keep_freed_memory
 from .peers import BENCHMARKS, Contender
 from .profile import count_macs, count_parameters, peak_memory
 from .unet import SnapGenUNet
@@ -120,6 +121,7 @@ def measure(kind: str, name: str, runs: int) -> dict:
     A machine's speed changes from minute to minute. So the network that this one is compared with (`Contender.beside`)
     and a matrix product take turns with it: what happens to one happens to all, and ratios can be trusted.
     """
+    keep_freed_memory()  # as `train` and `load` do
     device, dtype = device_and_dtype()
     contender = BENCHMARKS[kind][name]
     before = psutil.Process().memory_info().rss / 2**30

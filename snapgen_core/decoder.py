@@ -234,13 +234,13 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-BAND = 16  # rows
+BAND = 32  # rows: at 1024 pixels a band has tensors of up to 28 MB, which malloc can be told to keep (memory.py)
 
 
 def in_bands(layers: Sequence[Layer], x: Tensor, rows: int = BAND) -> Tensor:
     """run(layers, x) for x (B, C, H, W), `rows` rows at a time, for layers that double the size and see few pixels.
 
-    A picture of 1024 pixels has 400 MB in each tensor of the finest stage, a band of it 16. Every band is computed with
+    A picture of 1024 pixels has 400 MB in each tensor of the finest stage, a band of it 28. Every band is computed with
     the rows around it that it can see, so there are no seams: the numbers are those of the whole.
     """
     height = x.shape[2]

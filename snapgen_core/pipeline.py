@@ -15,6 +15,7 @@ from . import flow
 from .decoder import TinyDecoder
 from .errors import UserError
 from .latents import decode, load_autoencoder, load_decoder
+from .memory import keep_freed_memory
 from .paths import checkpoint_dir
 from .scales import PICTURE_DECODERS, PICTURE_STAGES, get_scale
 from .text import ENCODERS, TextEncoders, load_text_encoders
@@ -174,6 +175,7 @@ def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None, d
         UserError: unknown names, or weights that are missing, truncated or of another model.
     """
     get_scale(scale)
+    keep_freed_memory()
     if stage not in PICTURE_STAGES:
         raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(PICTURE_STAGES)}")
     if decoder not in PICTURE_DECODERS:
