@@ -1,0 +1,74 @@
+"""Multi-level knowledge distillation with timestep-aware scaling (Sec. 3.3, Eq. 4-8).
+
+Losses are kept for each sample, [B], until the very end: every sample has a timestep of its own, and Eq. 7 weighs by it.
+As in `flow.flow_matching_loss` the norms are means over elements, which only rescales a loss. Where one task loss stands
+beside another, Eq. 7 takes that out again.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def output_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """Eq. 4 for each sample: two velocities [B, C, h, w] -> [B]. No gradient reaches the teacher's."""
+    return (teacher.detach() - student).square().flatten(1).mean(1)
+
+
+class Projector(nn.Module):
+    """psi of Eq. 5: the student's features [B, C, h, w] as the teacher's, [B, D, H, W], by two convolutions.
+
+    The maps may differ in size: at 1024 pixels SD3.5 has 64x64 tokens, the UNet's lowest resolution is 32x32. The 3x3
+    convolution works at the student's width and size, before the map is resized: at the teacher's width of 2432 it alone
+    would have 53 million weights.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, size: tuple[int, int]):
+        super().__init__()
+        self.size = size
+        self.conv1 = nn.Conv2d(student_channels, student_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(student_channels, teacher_channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = F.silu(self.conv1(features))
+        if x.shape[2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
+        return self.conv2(x)
+
+
+def feature_loss(teacher: Tensor, projected: Tensor) -> Tensor:
+    """Eq. 5 for each sample and one pair of layers: features [B, D, H, W] -> [B]. No gradient reaches the teacher's."""
+    if teacher.shape != projected.shape:
+        raise ValueError(f"the teacher's features are {list(teacher.shape)}, the student's projected {list(projected.shape)}")
+    return (teacher.detach() - projected).square().flatten(1).mean(1)
+
+
+def task_weight(t: Tensor) -> Tensor:
+    """lambda(t) of Eq. 7: the density of a standard logit-normal variable over its maximum, which is at t = 1/2.
+
+    The density is exp(-logit(t)^2 / 2) / (sqrt(2 pi) t (1 - t)), and 4 / sqrt(2 pi) at 1/2. Zero at both ends.
+    `t` in [0, 1] is the timestep before the time shift, the one that training draws from this very density.
+    """
+    inside = t.clamp(1e-6, 1 - 1e-6)
+    return torch.exp(-torch.logit(inside).square() / 2) / (4 * inside * (1 - inside))
+
+
+def scaled(task: Tensor, distillation: Tensor, t: Tensor) -> Tensor:
+    """S of Eq. 7: task loss [B] and distillation loss [B] at timesteps t [B] -> scalar.
+
+    |L_task| / |L_kd| is taken at each sample's own timestep and carries no gradient: the value of the second term is the
+    task loss, its gradient that of the distillation loss on the task's scale.
+    """
+    weight = task_weight(t)
+    ratio = task.detach() / distillation.detach().clamp(min=1e-12)
+    return (weight * task + (1 - weight) * ratio * distillation).mean()
+
+
+def multi_level(task: Tensor, outputs: Tensor, features: Tensor, t: Tensor) -> Tensor:
+    """L_MD of Eq. 8, from losses [B]."""
+    return scaled(task, outputs, t) + scaled(task, features, t)
+
+
+def constant_weights(task: Tensor, outputs: Tensor, features: Tensor, output_weight: float, feature_weight: float) -> Tensor:
+    """The baseline of Eq. 6, from losses [B]."""
+    return (task + output_weight * outputs + feature_weight * features).mean()
