@@ -22,7 +22,7 @@ from ..train import TrainSettings, step_generator
 from ..weights import save_half
 from .autoencoder import MIX, draw_unseen_sprites
 
-# Weights beside the MSE's 1; the paper names none. LPIPS is about a fifth of the Lite0 distance.
+# Weights beside the MSE's 1; the paper names none. That of Lite0 was tuned at tiny, that of LPIPS is a first guess.
 PERCEPTUAL, ADVERSARIAL = {"lite0": 0.01, "lpips": 0.05}, 0.05
 MAX_LEVEL = 0.2  # the strongest noise on latents at tiny, in units of their standard deviation
 
