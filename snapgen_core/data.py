@@ -1,4 +1,4 @@
-"""Data that training reads: scenes encoded once and cached, and a user's own folders of captioned pictures."""
+"""Pictures from disk: scenes encoded once and cached, a user's own folders of captioned pictures, the shipped test photos."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Presets: frozen dataclasses, one per model and scale."""
+"""Presets: frozen dataclasses, one per model and scale; and what a pipeline may be made of."""
 
 from dataclasses import dataclass, replace
 

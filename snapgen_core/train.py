@@ -41,7 +41,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     ema_decay: float = 0.999
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = 1.0  # None: gradients are left as they are
     warmup_steps: int = 100
     steps: int = 10_000  # the whole stage, where no budget is given
 

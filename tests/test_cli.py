@@ -331,6 +331,16 @@ def test_the_words_and_the_seed_matter(loaded, monkeypatch):
     assert len(set(pixels.values())) == 4
 
 
+def test_either_decoder_draws_and_the_picture_says_which(loaded, monkeypatch):
+    monkeypatch.setattr(snapgen_core, "load", loaded)
+    for decoder in ("full", "tiny"):
+        assert main(["generate", "a red car", "--steps", "8", "--decoder", decoder, "--out", f"{decoder}.png"]) == 0
+    full, tiny = (Image.open(f"{decoder}.png") for decoder in ("full", "tiny"))
+    assert (full.text["decoder"], tiny.text["decoder"]) == ("full", "tiny")
+    apart = np.abs(np.asarray(full, dtype=float) - np.asarray(tiny, dtype=float)).mean()
+    assert 0 < apart < 10  # of 255: two readings of one latent
+
+
 def truncated(folder):
     path = next(folder.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -74,12 +74,15 @@ class DecoderStage:
         self.draw = self.drawing(data)
         self.judged_from = 1_500 if scale == "tiny" else 50_000  # steps; before that, pictures are too poor to be judged
         torch.manual_seed(seed)
-        self.module = DecoderTraining(TinyDecoder.from_preset(scale), self.perceptual).to(memory_format=torch.channels_last)
-        # Not clipped: the discriminator's gradients are a hundred times the decoder's, and would decide for both.
+        self.module = self.build().to(memory_format=torch.channels_last)
+        # Not clipped: the discriminator's gradients are far larger than the decoder's, and would decide for both.
         if scale == "tiny":
             self.settings = TrainSettings(batch_size=16, learning_rate=2e-3, betas=(0.9, 0.99), clip_norm=None, steps=6_000)
         else:  # batch and steps of Sec. 3.2; rate and betas are ours
             self.settings = TrainSettings(batch_size=256, learning_rate=1e-4, betas=(0.9, 0.99), clip_norm=None, steps=1_000_000)
+
+    def build(self) -> nn.Module:
+        return DecoderTraining(TinyDecoder.from_preset(self.scale), self.perceptual)
 
     def drawing(self, data: Path | None) -> Callable[[range], Tensor]:
         """indices -> pictures [N,3,S,S]."""

@@ -46,8 +46,10 @@ class DecoderNormsStage(DecoderStage):
         if scale != "tiny":
             raise UserError(f"the three decoders are trained at tiny only, not at {scale}")
         super().__init__(scale, seed)
-        self.module = NormsTraining(seed).to(memory_format=torch.channels_last)
         self.settings = replace(self.settings, steps=2_000)  # not clipped: each learns as if it were alone
+
+    def build(self) -> nn.Module:
+        return NormsTraining(self.seed)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         return {name: value for name, value in super().batch(step, rank, world).items() if name != "judged"}
