@@ -15,7 +15,7 @@ from .errors import UserError
 from .scales import PICTURE_DECODERS, PICTURE_STAGES
 from .threads import cap_threads
 
-TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "ablation")
+TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "teacher", "kd", "ablation")
 BENCHMARKS = ("unet", "chain", "decoder")
 LONGEST_LINE = 300
 
@@ -69,8 +69,8 @@ def _add(commands, name: str, summary: str, examples: str) -> argparse.ArgumentP
     return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stage", choices=PICTURE_STAGES, default="base", help="which student draws (default: base)")
+def _add_sampling(parser: argparse.ArgumentParser, others: tuple[str, ...] = ()) -> None:
+    parser.add_argument("--stage", choices=PICTURE_STAGES + others, default="base", help="which model draws (default: base)")
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER",
                         help="a student in place of the shipped one, such as RUN_DIR/weights/base of a training")
     parser.add_argument("--decoder", choices=PICTURE_DECODERS, default="full", help="what turns its latents into pictures: the autoencoder's own decoder or the tiny one (default: full)")
@@ -104,8 +104,17 @@ def _add_train(commands) -> None:
                        help="pictures to learn from, as files or in WebDataset shards (stage decoder only)")
     train.add_argument("--perceptual", metavar="{lite0,lpips}",
                        help="what the perceptual loss looks through (stage decoder only; default: lite0 at tiny, or else lpips)")
+    train.add_argument("--teacher", type=Path, metavar="FOLDER",
+                       help="a teacher in place of the scale's own: a twin of RUN_DIR/weights/teacher, or from small on an SD3.5 pipeline (stage kd only)")
+    train.add_argument("--constant", metavar="L1,L2",
+                       help="the constant weights of Eq. 6 in place of timestep-aware scaling; 0,0 trains without a teacher (stage kd only)")
+    train.add_argument("--stored", type=_number(int, 1, 10**9), metavar="N",
+                       help="keep the teacher's answers to the first N batches on disk and go round these (stage kd only)")
+    train.add_argument("--t5", choices=("yes", "no"), help="whether SD3.5 reads with its T5, too, 10 GB of memory (stage kd only; default: yes, where it is at hand)")
     train.add_argument("--warm-start", action="store_true",
                        help="begin with the shipped weights (a run that resumes goes on with its own)")
+    train.add_argument("--compile", action="store_true",
+                       help="let torch fuse the network's kernels: a minute or two at the start, then faster steps (the teacher's 1.5 times); needs a C++ compiler")
     train.add_argument("--ship", action="store_true", help="put the final weights among the shipped checkpoints")
 
 
@@ -128,8 +137,8 @@ def _add_evaluate(commands) -> None:
     evaluate.add_argument("--images", type=_number(int, 2, 10**5), default=20, metavar="N",
                           help="pictures for each of the six tasks, and half as many for each of the four held-out "
                                "ones; at least 2 (default: 20)")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
-    _add_sampling(evaluate)
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file, and which pictures were right")
+    _add_sampling(evaluate, others=("teacher",))
 
 
 def _add_prepare(commands) -> None:

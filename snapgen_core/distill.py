@@ -7,6 +7,8 @@ beside another, Eq. 7 takes that out again.
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 
@@ -15,24 +17,24 @@ def output_loss(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher.detach() - student).square().flatten(1).mean(1)
 
 
-class Projector(nn.Module):
-    """psi of Eq. 5: the student's features [B, C, h, w] as the teacher's, [B, D, H, W], by two convolutions.
+class Projector(ModelMixin, ConfigMixin):
+    """psi of Eq. 5: the student's features [B, C, h, w] as the teacher's, [B, D, H, W], by two convolutions. `size` is (H, W).
 
     The maps may differ in size: at 1024 pixels SD3.5 has 64x64 tokens, the UNet's lowest resolution is 32x32. The 3x3
     convolution works at the student's width and size, before the map is resized: at the teacher's width of 2432 it alone
     would have 53 million weights.
     """
 
+    @register_to_config
     def __init__(self, student_channels: int, teacher_channels: int, size: tuple[int, int]):
         super().__init__()
-        self.size = size
         self.conv1 = nn.Conv2d(student_channels, student_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(student_channels, teacher_channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         x = F.silu(self.conv1(features))
-        if x.shape[2:] != self.size:
-            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
+        if tuple(x.shape[2:]) != tuple(self.config.size):
+            x = F.interpolate(x, tuple(self.config.size), mode="bilinear", align_corners=False)
         return self.conv2(x)
 
 

@@ -20,6 +20,11 @@ def time_shift(u: Tensor, shift: float = 3.0) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def unshift(sigma: Tensor, shift: float = 3.0) -> Tensor:
+    """The inverse of `time_shift`: the level u that became sigma."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
 def sample_sigmas(count: int, generator: torch.Generator | None = None, shift: float = 3.0) -> Tensor:
     """Training noise levels [count]: logit-normal with location 0 and scale 1 (Sec. 4), then the time shift."""
     return time_shift(torch.sigmoid(torch.randn(count, generator=generator)), shift)

@@ -11,7 +11,8 @@ class Scale:
 
     Image and latent sizes in pixels; token counts and widths are those of the fused text context (Sec. 4).
     `autoencoder` holds `AutoencoderKL` arguments where the autoencoder is trained here, `hub` the repository where
-    pretrained parts come from.
+    pretrained parts come from. So for the teacher: `teacher` holds `SD3Transformer2DModel` arguments, or `teacher_hub` the
+    repository.
     """
 
     name: str
@@ -23,6 +24,8 @@ class Scale:
     shift: float = 3.0  # Sec. 4, "time shift of 3 for both training and inference"
     autoencoder: dict | None = None
     hub: str | None = None
+    teacher: dict | None = None
+    teacher_hub: str | None = None
 
     @property
     def latent_size(self) -> int:
@@ -44,15 +47,32 @@ _TINY_AUTOENCODER = dict(
     shift_factor=0.0,
 )
 
+# SD3.5's transformer with every token an eighth of the picture wide, as the student's: 7.8 M parameters, 16 MB in 16 bits.
+_TINY_TEACHER = dict(
+    sample_size=8,
+    patch_size=1,
+    in_channels=16,
+    out_channels=16,
+    num_layers=6,
+    attention_head_dim=32,
+    num_attention_heads=6,
+    joint_attention_dim=384,
+    caption_projection_dim=192,
+    pooled_projection_dim=256,
+    pos_embed_max_size=8,
+    qk_norm="rms_norm",
+)
+
 _SD35 = "stabilityai/stable-diffusion-3.5-medium"
+_SD35_LARGE = "stabilityai/stable-diffusion-3.5-large"
 
 SCALES = {
-    "tiny": Scale("tiny", image_size=64, clip_tokens=24, lm_tokens=24, context_dim=384, autoencoder=_TINY_AUTOENCODER),
-    "small": Scale("small", image_size=256, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35),
-    "paper": Scale("paper", image_size=1024, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35),
+    "tiny": Scale("tiny", image_size=64, clip_tokens=24, lm_tokens=24, context_dim=384, autoencoder=_TINY_AUTOENCODER, teacher=_TINY_TEACHER),
+    "small": Scale("small", image_size=256, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35, teacher_hub=_SD35),
+    "paper": Scale("paper", image_size=1024, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35, teacher_hub=_SD35_LARGE),
 }
 SCALE_NAMES = tuple(SCALES)
-PICTURE_STAGES = ("base",)  # students that draw; later chapters add kd and distilled
+PICTURE_STAGES = ("base", "kd")  # students that draw; a later chapter adds distilled
 PICTURE_DECODERS = ("full", "tiny")  # the autoencoder's own, or that of Sec. 3.2
 
 

@@ -169,6 +169,14 @@ class TextEncoders(nn.Module):
         """The fused context of `prompts`, [B, T + S, D]."""
         return fuse(*self.encode_parts(prompts, use))
 
+    @torch.no_grad()
+    def pooled(self, prompts: str | Sequence[str]) -> Tensor:
+        """The CLIPs' projected embeddings of whole prompts side by side, fp32 [B, pl + pg]: what SD3's transformers
+        add to the timestep's embedding. The student does without."""
+        prompts = _check_prompts(prompts)
+        embeds = [getattr(self, name)(input_ids=self._tokenize(name, prompts)["input_ids"]).text_embeds for name in ENCODERS[:2]]
+        return torch.cat(embeds, dim=1).float()
+
     def truncated(self, prompt: str, use: Iterable[str] = ENCODERS) -> str | None:
         """The end of `prompt` that no encoder in `use` reads; None if at least one reads it whole."""
         prompt = _readable(prompt)

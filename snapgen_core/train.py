@@ -8,6 +8,7 @@ uninterrupted one (many of a GPU's kernels do not add in a fixed order).
 
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -196,7 +197,7 @@ def _stop_signals():
             signal.signal(number, handler)
 
 
-def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float | None = None, save_every: float = 120.0, progress: bool = True, warm_start: bool = False) -> Path:
+def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float | None = None, save_every: float = 120.0, progress: bool = True, warm_start: bool = False, compile: bool = False) -> Path:
     """Train `stage` in `run_dir`, resuming what is there, and return the path of the final EMA weights.
 
     `run_dir` then holds `model.safetensors` (the module's EMA weights), `weights/` (the same as each model is shipped
@@ -207,11 +208,15 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         minutes: stop after this time in this call, whatever the step.
         save_every: seconds between checkpoints.
         warm_start: begin with the shipped weights and a fresh optimiser; a run that resumes ignores it.
+        compile: let torch.compile fuse the module's kernels. Sums are then added in another order: what follows is the same
+            run only as far as rounding goes.
 
     Raises:
-        UserError: the folder holds another run, or loss or gradient is no longer finite (the last checkpoint is kept).
+        UserError: there is no compiler, the folder holds another run, or loss or gradient is no longer finite (the last checkpoint is kept).
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint of the step then in progress was written.
     """
+    if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++", "cl"))):
+        raise UserError("torch compiles with a C++ compiler, and there is none here: install g++, or leave out --compile")
     run_dir.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     gpu = torch.cuda.is_available()
@@ -229,6 +234,8 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         stage.prepare()
 
     bare.to(accelerator.device).train()
+    if compile:
+        bare.compile()
     optimizer = torch.optim.AdamW((p for p in bare.parameters() if p.requires_grad), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
     ema = Ema(bare, settings.ema_decay)
     start, trained_minutes = _resume(run_dir, resumed, bare, ema, optimizer) if resumed else (0, 0.0)

@@ -11,20 +11,23 @@ from torch import nn
 from .errors import UserError, reason
 
 
-def load_model(kind: type[ModelMixin], place: str | Path, what: str, **settings) -> ModelMixin:
-    """A diffusers model of class `kind` from safetensors, in fp32; `settings` go to its `from_pretrained`.
+def load_model(kind: type[ModelMixin], place: str | Path, what: str, dtype: torch.dtype = torch.float32, **settings) -> ModelMixin:
+    """A diffusers model of class `kind` from safetensors, in `dtype`; `settings` go to its `from_pretrained`.
 
     Raises:
         UserError: `what` is missing, damaged, or holds weights of another model.
     """
-    try:  # without low_cpu_mem_usage diffusers reports what does not fit, and does not stop at the first tensor
-        model, report = kind.from_pretrained(place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **settings)
+    # In fp32 without low_cpu_mem_usage, so that diffusers tells all that does not fit and does not stop at the first tensor.
+    # In 16 bits with it, or it would first make the whole model in fp32, 32 GB for SD3.5-Large.
+    sparing = dtype != torch.float32
+    try:
+        model, report = kind.from_pretrained(place, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=sparing, output_loading_info=True, **settings)
     except Exception as error:  # the hub, safetensors, json and diffusers raise many kinds: to the user they are all this
         raise UserError(f"cannot load {what}: {reason(error)}") from None
     strange = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if strange:
         raise UserError(f"cannot load {what}: its weights are another model's, {len(strange)} tensors do not fit, {strange[0]} first")
-    return model.float().eval()
+    return model.eval()
 
 
 def weights_digest(module: nn.Module) -> str:

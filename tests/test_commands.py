@@ -41,19 +41,19 @@ def calls(monkeypatch):
 def test_train_hands_on_its_budget(home, calls, capfd):
     assert main(["train", "text", "--minutes", "1.5", "--seed", "4"]) == 0
     folder = home / "exports" / "runs" / "tiny" / "text"
-    assert calls == [("train", ("text", "tiny", 4), folder, {"steps": None, "minutes": 1.5, "warm_start": False})]
+    assert calls == [("train", ("text", "tiny", 4), folder, {"steps": None, "minutes": 1.5, "warm_start": False, "compile": False})]
     assert folder.is_dir() and str(folder / "weights") in capfd.readouterr().out
 
 
 def test_train_starts_warm_when_asked(home, calls):
     assert main(["train", "base", "--steps", "7", "--warm-start"]) == 0
-    assert calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": True}
+    assert calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": True, "compile": False}
 
 
 def test_train_ships_only_when_asked(home, calls, capfd):
     assert main(["train", "base", "--steps", "7", "--run-dir", "mine", "--ship"]) == 0
     assert [call[0] for call in calls] == ["train", "ship"]
-    assert calls[1][1] == Path("mine") and calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": False}
+    assert calls[1][1] == Path("mine") and calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": False, "compile": False}
     assert "shipped data/base" in capfd.readouterr().out
 
 
@@ -90,6 +90,7 @@ def test_a_failed_evaluation_leaves_the_old_figures(home, monkeypatch, capfd):
 
 def test_rows_flatten_what_is_nested():
     assert dict(rows({"a": {"b": {"c": 1}}, "d": 0.123456, "e": None})) == {"a.b.c": "1", "d": "0.1235", "e": "None"}
+    assert list(rows({"outcomes": {"colors": "01"}, "a": 1})) == [("a", "1")]
     assert dict(rows(FIGURES))["tasks.counting"] == "0.25 [0.00, 1.00] n=2"
 
 

@@ -130,13 +130,13 @@ def test_a_large_decoder_is_scored_on_the_shipped_photos(stage, monkeypatch):
 
 def test_a_users_pictures_are_what_it_learns_from(tmp_path):
     Image.fromarray(np.full((80, 90, 3), (255, 0, 0), dtype=np.uint8)).save(tmp_path / "red.png")
-    image = build_stage("decoder", "tiny", 0, tmp_path).draw(range(2))
+    image = build_stage("decoder", "tiny", 0, data=tmp_path).draw(range(2))
     assert image.shape == (2, 3, 64, 64) and torch.allclose(image[:, 0], torch.ones(())) and torch.allclose(image[:, 1:], -torch.ones(()))
 
 
 def test_a_run_goes_on_with_the_pictures_it_began_with(tmp_path):
     def stage(folder):
-        built = build_stage("decoder", "tiny", 0, folder)
+        built = build_stage("decoder", "tiny", 0, data=folder)
         built.score, built.settings = dict, replace(built.settings, batch_size=2)
         return built
 

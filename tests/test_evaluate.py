@@ -12,12 +12,14 @@ from snapgen_core.detector import Detection
 from snapgen_core.evaluate import (
     COUNTING_THRESHOLD,
     Report,
+    Score,
     bootstrap_interval,
     evaluate_stage,
     explain,
     judge,
     load_detector,
     near_misses,
+    paired_difference,
     relative_position,
     scene_eval,
     scene_prompts,
@@ -26,6 +28,7 @@ from snapgen_core.evaluate import (
 )
 from snapgen_core.evaluate.sceneeval import judge_prompts, picture_seed
 from snapgen_core.evaluate.truth import another_caption, true_scenes
+from snapgen_core.scales import get_scale
 from snapgen_core.scenes import HELD_OUT_TASKS, TASKS, Prompt, Wanted, draw_scene, is_held_out
 
 
@@ -294,6 +297,56 @@ def test_evaluate_stage(monkeypatch):
     assert json.loads(json.dumps(result)) == result
     assert result["overall"]["score"] == 1 and result["overall"]["n"] == 24 and result["held_out"]["n"] == 8
     assert result["settings"]["images_per_task"] == 4 and result["settings"]["steps"] == 4
+    assert result["outcomes"] == {task: "1111" for task in TASKS}
+
+
+def test_evaluate_stage_takes_a_teacher(monkeypatch):
+    """Same prompts, and the noise that a student's pipeline draws for the same picture."""
+    fill_scenes(2, 0)
+    oracle, noises = Oracle(), []
+    config = get_scale("tiny")
+
+    def sample(teacher, text, captions, noise, sigmas, guidance):
+        assert (teacher.name, text, guidance, len(sigmas)) == ("teacher", "text", 2.0, 4)
+        noises.append(noise)
+        return oracle.generate(captions, [])
+
+    teacher = SimpleNamespace(name="teacher", transformer=SimpleNamespace(device=torch.device("cpu")))
+    room = "snapgen_core.evaluate.sceneeval."
+    monkeypatch.setattr(room + "load_teacher", lambda scale, folder: (teacher, "text"))
+    monkeypatch.setattr(room + "sample", sample)
+    monkeypatch.setattr(room + "decode", lambda painter, latents: latents)
+    monkeypatch.setattr(room + "load_detector", lambda: oracle)
+    result = evaluate_stage("tiny", "teacher", images=2, steps=3, guidance=2.0)
+    assert result["overall"]["score"] == 1 and result["settings"]["stage"] == "teacher"
+    caption = scene_prompts(2)[0].text
+    expected = torch.randn(config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(picture_seed(0, caption, 0)))
+    assert torch.equal(noises[0][0], expected)
+
+
+def test_paired_difference_by_hand():
+    better = {"colors": "1111", "position": "1100"}
+    worse = {"colors": "1110", "position": "0100"}
+    gap = paired_difference([better, better], [worse, better])
+    assert gap.score == pytest.approx(((1 / 4 + 1 / 4) / 2 + 0) / 2) and gap.n == 16
+    assert paired_difference([better], [better]) == Score(0.0, 0.0, 0.0, 8)
+    with pytest.raises(ValueError, match="different pictures"):
+        paired_difference([better], [{"colors": "1110", "position": "010"}])
+    with pytest.raises(ValueError, match="different pictures"):
+        paired_difference([better], [worse, worse])
+
+
+def test_paired_difference_is_surer_than_two_intervals():
+    """Where the same prompts are hard for both, an interval of their differences leaves out what they share."""
+    rng = np.random.default_rng(0)
+    hard = rng.random(400) < 0.5
+    theirs = "".join("0" if h else "1" for h in hard)
+    ours = "".join("1" if not h or r < 0.1 else "0" for h, r in zip(hard, rng.random(400)))
+    gap = paired_difference([{"a": ours}], [{"a": theirs}])
+    low, high = bootstrap_interval({"a": [[c == "1"] for c in theirs]})
+    assert gap.low > 0 and gap.high - gap.low < 0.7 * (high - low)
+    differences = np.array([int(a) - int(b) for a, b in zip(ours, theirs)])
+    assert gap.high - gap.low == pytest.approx(2 * 1.96 * differences.std() / 20, rel=0.1)  # the normal approximation
 
 
 # ------------------------------------------------------------------------------------------------- shipped weights

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,22 @@ def test_trains_logs_and_scores(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert stage.prepared and load_file(tmp_path / "weights" / "line" / "model.safetensors").keys() == load_file(path).keys()
     assert result["steps"] == 300 and result["samples"] == 4800 and result["scores"]["mse"] < 0.1 * log[0]["loss"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
+def test_compiled_training_is_the_same_but_for_rounding(tmp_path):
+    """And goes on with a run that was not compiled."""
+    plain = load_file(train(LineStage(), tmp_path / "plain", steps=6, progress=False))
+    train(LineStage(), tmp_path / "compiled", steps=2, progress=False)
+    compiled = load_file(train(LineStage(), tmp_path / "compiled", steps=6, progress=False, compile=True))
+    assert plain.keys() == compiled.keys() and all(torch.allclose(plain[name].float(), compiled[name].float(), atol=1e-5) for name in plain)
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="install g\\+\\+, or leave out --compile"):
+        train(LineStage(), tmp_path / "run", steps=1, progress=False, compile=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("halt", [1, 13, 29])

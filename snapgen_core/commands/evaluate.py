@@ -10,15 +10,16 @@ from .common import check_output, quiet_libraries
 
 
 def rows(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(name, value) of every figure; a score with an interval is one row: 0.61 [0.52, 0.70] n=120."""
+    """(name, value) of every figure; a score with an interval is one row: 0.61 [0.52, 0.70] n=120. Single outcomes are for
+    the file."""
     for name, value in figures.items():
         label = f"{prefix}{name}"
         if isinstance(value, dict) and {"score", "low", "high"} <= value.keys():
             count = f" n={value['n']}" if "n" in value else ""
             yield label, f"{value['score']:.2f} [{value['low']:.2f}, {value['high']:.2f}]{count}"
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and name != "outcomes":
             yield from rows(value, f"{label}.")
-        else:
+        elif name != "outcomes":
             yield label, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -1,10 +1,11 @@
 """How well does a picture show what its caption asks for? SceneEval: GenEval's six tasks on emoji scenes."""
 
-from .report import Report, Score, bootstrap_interval
+from .report import Report, Score, bootstrap_interval, paired_difference
 from .rules import COUNTING_THRESHOLD, explain, judge, relative_position
 from .sceneeval import (
     evaluate_pipeline,
     evaluate_stage,
+    evaluate_teacher,
     evaluate_unet,
     load_detector,
     pipeline_generator,
@@ -21,11 +22,13 @@ __all__ = [
     "bootstrap_interval",
     "evaluate_pipeline",
     "evaluate_stage",
+    "evaluate_teacher",
     "evaluate_unet",
     "explain",
     "judge",
     "load_detector",
     "near_misses",
+    "paired_difference",
     "pipeline_generator",
     "relative_position",
     "scene_eval",

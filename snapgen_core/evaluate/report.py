@@ -69,6 +69,7 @@ class Report:
     seen: Score | None = None
     held_out: Score | None = None
     held_out_tasks: dict[str, Score] = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)  # of the six tasks: "1" for each right picture, "0" for the others
 
     @classmethod
     def of(cls, seen: Outcomes, held_out: Outcomes | None = None, seed: int = 0) -> "Report":
@@ -80,6 +81,7 @@ class Report:
             score(pairs, seed) if pairs else None,
             score(held_out, seed) if held_out else None,
             {task: score({task: prompts}, seed) for task, prompts in (held_out or {}).items()},
+            {task: "".join(str(int(right)) for pictures in prompts for right in pictures) for task, prompts in seen.items()},
         )
 
     def table(self) -> str:
@@ -100,3 +102,23 @@ class Report:
         flat = {"overall": self.overall.score, **{task: value.score for task, value in self.tasks.items()}}
         pairs = {"seen_pairs": self.seen, "held_out_pairs": self.held_out}
         return flat | {name: value.score for name, value in pairs.items() if value}
+
+
+def paired_difference(ours: Sequence[Mapping[str, str]], theirs: Sequence[Mapping[str, str]], resamples: int = 4000, seed: int = 0) -> Score:
+    """By how much the first runs' overall score exceeds the second's, with its 95% interval.
+
+    Each run is a report's `outcomes`; all runs drew the same prompts, and those at the same place also share what else is
+    random (a seed of the training). So what is resampled are differences: of prompts within their task, and of runs.
+    """
+    rng = np.random.default_rng(seed)
+    tasks = list(ours[0])
+    if len(ours) != len(theirs) or any(list(map(len, run.values())) != list(map(len, ours[0].values())) for run in (*ours, *theirs)):
+        raise ValueError("the runs drew different pictures: nothing to compare pair by pair")
+    differences = [np.array([[int(a) - int(b) for a, b in zip(mine[task], other[task])] for mine, other in zip(ours, theirs)]) for task in tasks]  # (runs, pictures) a task
+    runs = len(ours)
+    draws = []
+    for _ in range(resamples):
+        rows = rng.integers(runs, size=runs)
+        draws.append(np.mean([d[rows][:, rng.integers(d.shape[1], size=d.shape[1])].mean() for d in differences]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Score(float(np.mean([d.mean() for d in differences])), float(low), float(high), sum(d.size for d in differences))

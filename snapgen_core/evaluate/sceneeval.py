@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import flow
 from ..detector import IMAGE_SIZE, THRESHOLD, Detector
 from ..errors import UserError
+from ..latents import decode, load_autoencoder, load_decoder
 from ..paths import checkpoint_dir
+from ..scales import get_scale
 from ..scenes import CLASSES, COLOURS, HELD_OUT_TASKS, TASKS, Prompt, draw_prompt
+from ..teachers import Teacher, TeacherText, load_teacher, sample
 from ..weights import load_model
 from .report import Report
 from .rules import COUNTING_THRESHOLD, judge
@@ -144,19 +148,38 @@ def evaluate_unet(
     return evaluate_pipeline(pipe, images, seed, steps, guidance).figures()
 
 
+def evaluate_teacher(
+    scale: str, teacher: Teacher, text: TeacherText, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, decoder: str = "full"
+) -> Report:
+    """SceneEval of a teacher, from the same prompts and noise as a student's."""
+    config = get_scale(scale)
+    device, shape = teacher.transformer.device, (config.latent_channels, config.latent_size, config.latent_size)
+    painter = load_autoencoder(scale) if decoder == "full" else load_decoder(checkpoint_dir(scale) / "decoder")
+    painter.to(device)
+
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return decode(painter, sample(teacher, text, captions, noise.to(device), flow.inference_sigmas(steps, config.shift), guidance))
+
+    return scene_eval(generate, images, seed=seed)
+
+
 def evaluate_stage(
     scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, folder: Path | None = None, decoder: str = "full"
 ) -> dict:
-    """SceneEval of a shipped student (or of the one in `folder`) as a JSON-able dict: `Report.to_dict()` and the settings.
+    """SceneEval of a shipped model (or of the one in `folder`) as a JSON-able dict: `Report.to_dict()` and the settings.
 
     `images` counts the pictures of each of the six tasks; each of the four held-out tasks adds half as many.
     """
     from .. import load
 
-    pipe = load(scale, stage, folder, decoder)
-    if torch.cuda.is_available():
-        pipe = pipe.to("cuda")
-    report = evaluate_pipeline(pipe, images, seed, steps, guidance)
+    if stage == "teacher":
+        report = evaluate_teacher(scale, *load_teacher(scale, folder), images, seed, steps, guidance, decoder)
+    else:
+        pipe = load(scale, stage, folder, decoder)
+        if torch.cuda.is_available():
+            pipe = pipe.to("cuda")
+        report = evaluate_pipeline(pipe, images, seed, steps, guidance)
     settings = {
         "scale": scale,
         "stage": stage,

@@ -1,7 +1,6 @@
 """The training stages, one file each: its models, its loss, its settings."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from ..errors import UserError
 from ..train import Stage
@@ -29,6 +28,18 @@ def _base(scale: str, seed: int) -> Stage:
     from .base import BaseStage
 
     return BaseStage(scale, seed)
+
+
+def _teacher(scale: str, seed: int) -> Stage:
+    from .teacher import TeacherStage
+
+    return TeacherStage(scale, seed)
+
+
+def _kd(scale: str, seed: int, **options) -> Stage:
+    from .kd import KdStage
+
+    return KdStage(scale, seed, **options)
 
 
 def _ablation(scale: str, seed: int) -> Stage:
@@ -71,16 +82,21 @@ STAGES: dict[str, Callable[..., Stage]] = {
     "text": _text,
     "detector": _detector,
     "base": _base,
+    "teacher": _teacher,
+    "kd": _kd,
     "ablation": _ablation,
 }
-WITH_OPTIONS = ("decoder",)  # stages that take `data` and `perceptual`
+OPTIONS = {"decoder": ("data", "perceptual"), "kd": ("teacher", "constant", "stored", "t5")}  # what a stage takes beside these two
 
 
-def build_stage(name: str, scale: str, seed: int = 0, data: Path | None = None, perceptual: str | None = None) -> Stage:
-    """The stage `name`. Raises UserError for an unknown one, or for options that it does not take."""
+def build_stage(name: str, scale: str, seed: int = 0, **options) -> Stage:
+    """The stage `name`; options that are None count as not given. Raises UserError for an unknown one, or for options that
+    it does not take."""
     if name not in STAGES:
         raise UserError(f"unknown stage {name!r}: choose one of {', '.join(STAGES)}")
-    options = {key: value for key, value in {"data": data, "perceptual": perceptual}.items() if value is not None}
-    if options and name not in WITH_OPTIONS:
-        raise UserError(f"stage {name} takes no --{next(iter(options))}, only {', '.join(WITH_OPTIONS)} does")
+    options = {key: value for key, value in options.items() if value is not None}
+    for key in options:
+        if key not in OPTIONS.get(name, ()):
+            takers = [stage for stage, keys in OPTIONS.items() if key in keys]
+            raise UserError(f"stage {name} takes no --{key}, only {', '.join(takers)} does")
     return STAGES[name](scale, seed, **options)

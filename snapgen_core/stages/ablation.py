@@ -60,7 +60,7 @@ class AblationStage:
         self.data  # noqa: B018
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        return draw_batch(self.data, self.settings.batch_size // world, step_generator(self.seed, step, rank), get_scale(self.scale).shift)
+        return draw_batch(self.data, self.settings.batch_size // world, step_generator(self.seed, step, rank), get_scale(self.scale).shift)[0]
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:

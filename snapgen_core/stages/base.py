@@ -43,18 +43,19 @@ class TrainingSet:
         self.embeddings.add(self.scenes.captions, progress=progress)
         self.embeddings.encoders = None  # all is encoded: at `small` this gives 10 GB back
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random (latents [B,16,h,w], context [B,L,D]); each text encoder is dropped independently (Sec. 4)."""
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """Random latents [B,16,h,w] with their captions."""
         rows = torch.randint(len(self.scenes.latents), (count,), generator=generator)
-        parts = self.embeddings.gather([self.scenes.captions[i] for i in rows.tolist()])
-        return self.scenes.latents[rows].float(), fuse(*drop_encoders(parts, generator=generator))
+        return self.scenes.latents[rows].float(), [self.scenes.captions[i] for i in rows.tolist()]
 
 
-def draw_batch(data: TrainingSet, count: int, generator: torch.Generator, shift: float) -> dict[str, Tensor]:
-    """What `BaseTraining` takes: random scenes of `data`, fresh noise, and noise levels of Sec. 4."""
-    x0, context = data.draw(count, generator)
+def draw_batch(data: TrainingSet, count: int, generator: torch.Generator, shift: float) -> tuple[dict[str, Tensor], list[str]]:
+    """What `BaseTraining` takes: random scenes of `data`, each of their text encoders dropped independently, fresh noise, and
+    noise levels (all Sec. 4). And their captions."""
+    x0, captions = data.draw(count, generator)
+    context = fuse(*drop_encoders(data.embeddings.gather(captions), generator=generator))
     eps = torch.randn(x0.shape, generator=generator)
-    return {"x0": x0, "eps": eps, "sigma": flow.sample_sigmas(count, generator, shift), "context": context}
+    return {"x0": x0, "eps": eps, "sigma": flow.sample_sigmas(count, generator, shift), "context": context}, captions
 
 
 class BaseStage:
@@ -78,7 +79,7 @@ class BaseStage:
         self.data  # noqa: B018
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        return draw_batch(self.data, self.settings.batch_size // world, step_generator(self.seed, step, rank), get_scale(self.scale).shift)
+        return draw_batch(self.data, self.settings.batch_size // world, step_generator(self.seed, step, rank), get_scale(self.scale).shift)[0]
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:

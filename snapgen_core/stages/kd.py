@@ -1,0 +1,171 @@
+"""Stage `kd`: the base student goes on with a teacher beside the data (Sec. 3.3, Eq. 4-8; Sec. 4, "Training Recipe", third step)."""
+
+import hashlib
+import math
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import flow
+from ..distill import Projector, constant_weights, feature_loss, multi_level, output_loss
+from ..errors import UserError
+from ..evaluate import evaluate_unet, load_detector
+from ..files import atomic_write
+from ..paths import cache_dir, checkpoint_dir
+from ..pipeline import load_unet
+from ..scales import get_scale
+from ..teachers import Teacher, load_teacher
+from ..train import TrainSettings, step_generator
+from ..unet import SnapGenUNet
+from ..weights import load_model, save_half, weights_digest
+from .base import TrainingSet, draw_batch
+
+
+class KdTraining(nn.Module):
+    """forward(x0, eps [B,16,h,w], sigma [B], context [B,L,D], velocity [B,16,h,w], features [B,D,H,W]) -> (loss, figures).
+
+    `velocity` and `features` are the teacher's. The student's features are those of its lowest resolution, where most of
+    its transformer layers are.
+
+    Args:
+        projector: psi of Eq. 5; None leaves feature distillation out.
+        weights: None is Eq. 8, with timestep-aware scaling; (lambda_1, lambda_2) is Eq. 6.
+    """
+
+    def __init__(self, unet: SnapGenUNet, projector: Projector | None, shift: float, weights: tuple[float, float] | None = None):
+        super().__init__()
+        self.unet, self.projector = unet, projector
+        self.shift, self.weights = shift, weights
+        unet.mid_block.register_forward_hook(self._keep)
+
+    def _keep(self, block: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self._features = output
+
+    def losses(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor, velocity: Tensor | None = None, features: Tensor | None = None) -> dict[str, Tensor]:
+        """Eq. 2, 4 and 5 of each sample, [B]; those without a teacher's part are zeros."""
+        v = self.unet(flow.interpolate(x0, eps, sigma), flow.TIMESTEPS * sigma, context).sample
+        student_features = self.__dict__.pop("_features")
+        task = flow.flow_matching_loss(v, x0, eps)
+        return {
+            "task": task,
+            "output": torch.zeros_like(task) if velocity is None else output_loss(velocity.to(v), v),
+            "features": torch.zeros_like(task) if self.projector is None else feature_loss(features.to(v), self.projector(student_features)),
+        }
+
+    def forward(self, sigma: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = self.losses(sigma=sigma, **batch)
+        if self.weights is None:
+            loss = multi_level(losses["task"], losses["output"], losses["features"], flow.unshift(sigma, self.shift))
+        else:
+            loss = constant_weights(losses["task"], losses["output"], losses["features"], *self.weights)
+        return loss, {name: value.detach().mean() for name, value in losses.items()}
+
+
+class KdStage:
+    """See `snapgen_core.train.Stage`.
+
+    Args:
+        teacher: folder of a teacher in place of the scale's own (`load_teacher`).
+        constant: "L1,L2", the weights of Eq. 6 in place of Eq. 8; "0,0" goes on without a teacher.
+        stored: the teacher's answers to the first so many batches are kept on disk, and training goes round these.
+        t5: "no" leaves out SD3.5's largest text encoder.
+    """
+
+    name = "kd"
+
+    def __init__(self, scale: str, seed: int, teacher: Path | None = None, constant: str | None = None, stored: int | None = None, t5: str | None = None):
+        self.scale, self.seed, self.stored = scale, seed, stored
+        self.options = {name: str(value) for name, value in {"teacher": teacher, "constant": constant, "stored": stored, "t5": t5}.items() if value is not None}
+        weights = None if constant is None else parse_weights(constant)
+        self.teacher: Teacher | None = None
+        if weights != (0, 0):
+            self.teacher, self.text = load_teacher(scale, teacher, t5 != "no")
+        torch.manual_seed(seed)
+        unet = load_unet(checkpoint_dir(scale) / "base")
+        projector = None
+        if weights is None or weights[1] > 0:
+            width, *size = self.teacher.feature_size(get_scale(scale).latent_size)
+            projector = Projector(unet.config.channels[-1], width, tuple(size))
+        self.module = KdTraining(unet, projector, get_scale(scale).shift, weights).to(memory_format=torch.channels_last)
+        self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, steps=5_000)
+
+    @cached_property
+    def data(self) -> TrainingSet:
+        return TrainingSet(self.scale, 0)  # the scenes of `base`, whatever the seed of this stage
+
+    def prepare(self) -> None:
+        load_detector()  # as in stage base
+        self.data  # noqa: B018
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        index = step % self.stored if self.stored else step
+        batch, captions = draw_batch(self.data, self.settings.batch_size // world, step_generator(self.seed, index, rank), get_scale(self.scale).shift)
+        if self.teacher is None:
+            return batch
+        if not self.stored:
+            return batch | self.answers(batch, captions)
+        return batch | self.stored_answers(self.folder / f"{world}-{rank}-{index:08d}.safetensors", batch, captions)
+
+    def answers(self, batch: dict[str, Tensor], captions: list[str]) -> dict[str, Tensor]:
+        """The teacher's velocity and features. It reads the whole prompt, whichever of the student's encoders are dropped,
+        but where all of them are it is unconditional, too."""
+        whole = batch["context"].any(dim=2).any(dim=1).tolist()
+        context, pooled = self.text([caption if reads else "" for caption, reads in zip(captions, whole)])
+        device = self.teacher.transformer.device
+        x = flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]).to(device)
+        velocity, features = self.teacher(x, flow.TIMESTEPS * batch["sigma"].to(device), context.to(device), pooled.to(device))
+        return {"velocity": velocity, "features": features}
+
+    def stored_answers(self, path: Path, batch: dict[str, Tensor], captions: list[str]) -> dict[str, Tensor]:
+        """`answers` from `path` in 16 bits; what is not there yet or is damaged is computed and written."""
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError):
+            pass
+        answers = {name: value.half().cpu().contiguous() for name, value in self.answers(batch, captions).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            save_file(answers, part)
+        return answers
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where answers are stored: named by the teacher's weights and by the first batch, that is by all that decides them."""
+        batch, captions = draw_batch(self.data, self.settings.batch_size, step_generator(self.seed, 0), get_scale(self.scale).shift)
+        total = hashlib.sha256(f"{weights_digest(self.teacher)} {captions}".encode())
+        for tensor in batch.values():
+            total.update(tensor.contiguous().numpy().data)
+        return cache_dir(self.scale) / f"teacher-{total.hexdigest()[:16]}"
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        """SceneEval at 28 guided steps, overall and by task."""
+        return evaluate_unet(self.scale, self.module.unet, images=50)
+
+    def save(self, root: Path) -> list[Path]:
+        save_half(self.module.unet, root / "kd")
+        if self.module.projector is None:
+            return [root / "kd"]
+        save_half(self.module.projector, root / "kd_projector")
+        return [root / "kd", root / "kd_projector"]
+
+    def load(self, root: Path) -> None:
+        self.module.unet.load_state_dict(load_unet(root / "kd").state_dict())
+        if self.module.projector is not None:
+            projector = load_model(Projector, root / "kd_projector", "the projector of stage kd")
+            self.module.projector.load_state_dict(projector.state_dict())
+
+
+def parse_weights(text: str) -> tuple[float, float]:
+    """"0.5,2" as (0.5, 2.0). Raises UserError."""
+    try:
+        output, features = (float(part) for part in text.split(","))
+    except ValueError:
+        output = features = math.nan
+    if not (0 <= output < math.inf and 0 <= features < math.inf):
+        raise UserError(f"{text!r} are no weights of Eq. 6: give two numbers from 0 up with a comma between them, such as 1,0.1")
+    return output, features

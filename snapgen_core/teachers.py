@@ -1,0 +1,209 @@
+"""The teachers of Sec. 3.3: SD3.5's transformers (MMDiT), and a tiny twin of the same class that is trained here.
+
+A teacher shares the student's latents and its flow: it answers the same x_t at the same timestep. It reads the prompt with
+text encoders of its own, and a prompt "" is its unconditional one.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import flow
+from .errors import UserError, reason
+from .latents import encode, load_autoencoder
+from .paths import checkpoint_dir
+from .scales import Scale, get_scale
+from .text import TextEncoders, load_text_encoders
+from .weights import load_model
+
+# prompts -> (context [B, L, D], pooled [B, P]), the two forms in which SD3 reads text
+TeacherText = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+
+class Teacher(nn.Module):
+    """A frozen SD3 transformer that also shows its last block's features, "the richest information in transformers".
+
+    forward(x_t [B,C,h,w], timestep [B] = 1000 sigma, context [B,L,D], pooled [B,P])
+    -> (velocity [B,C,h,w], features [B,D,h/p,w/p]), p the size of a patch.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel):
+        super().__init__()
+        self.transformer = transformer
+        self.requires_grad_(False).eval()
+        transformer.transformer_blocks[-1].register_forward_hook(self._keep)
+
+    def _keep(self, block: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+        self._tokens = outputs[1]  # outputs: the text's tokens (none after the last block), the picture's
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    def feature_size(self, latent_size: int) -> tuple[int, int, int]:
+        """(D, H, W) of the features of square latents."""
+        side = latent_size // self.transformer.config.patch_size
+        return self.transformer.inner_dim, side, side
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        kind = self.transformer.dtype
+        velocity = self.transformer(x.to(kind), context.to(kind), pooled.to(kind), timestep).sample
+        tokens, size = self._tokens, self.feature_size(x.shape[-1])
+        del self._tokens  # at paper scale 20 MB a picture
+        return velocity, tokens.transpose(1, 2).unflatten(2, size[1:])
+
+
+def build_twin(scale: str) -> SD3Transformer2DModel:
+    """The twin with fresh weights. Raises UserError where the scale has none."""
+    config = get_scale(scale).teacher
+    if config is None:
+        raise UserError(f"scale {scale} trains no teacher: it takes {get_scale(scale).teacher_hub}")
+    model = SD3Transformer2DModel(**config)
+    # diffusers leaves the layers as torch makes them, for it only loads. A new model starts as DiT does [Peebles & Xie 2023]:
+    # every block is the identity, and the velocity is zero.
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    norms = [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
+    for layer in (*norms, model.norm_out.linear, model.proj_out):
+        nn.init.zeros_(layer.weight)
+    return model
+
+
+class TwinText:
+    """How the twin reads prompts: the student's encoders, fused, and the CLIPs' pooled embeddings; "" is zeros."""
+
+    def __init__(self, encoders: TextEncoders):
+        self.encoders = encoders
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        empty = torch.tensor([not prompt for prompt in prompts], device=self.encoders.device)
+        context, pooled = self.encoders.encode(prompts), self.encoders.pooled(prompts)
+        return context.masked_fill(empty[:, None, None], 0.0), pooled.masked_fill(empty[:, None], 0.0)
+
+
+class SD35Text:
+    """How SD3.5 reads prompts: diffusers' pipeline with both CLIPs and T5, which is optional: without it zeros stand there."""
+
+    def __init__(self, pipe: StableDiffusion3Pipeline):
+        self.pipe = pipe
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        context, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
+        return context, pooled
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def load_teacher(scale: str, folder: Path | None = None, t5: bool = True) -> tuple[Teacher, TeacherText]:
+    """The teacher of `scale`, frozen, and what reads prompts for it.
+
+    At `tiny` the twin (fp32) that ships or that is in `folder`; else SD3.5 in bf16 from the hub, or from a pipeline's
+    folder with `transformer`, `vae`, `text_encoder`, ...; its T5 is left out where the folder has none or `t5` is False.
+
+    Raises:
+        UserError: it is missing or damaged, or it is no teacher for the scale's student: other latents, another size.
+    """
+    config = get_scale(scale)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.teacher:
+        folder = Path(folder or checkpoint_dir(scale) / "teacher")
+        transformer, reference = load_transformer(folder), _load_reference(folder)
+        text = TwinText(load_text_encoders(config).to(device))
+    else:
+        place = _pipeline_place(config, folder)
+        transformer = load_model(SD3Transformer2DModel, place, f"the teacher in {place}", dtype=torch.bfloat16, subfolder="transformer")
+        reference = reference_latents(load_model(AutoencoderKL, place, f"the autoencoder in {place}", subfolder="vae"))
+        text = _load_sd35_text(place, transformer, t5 and not (folder and not (Path(folder) / "text_encoder_3").is_dir()), device)
+    teacher = Teacher(transformer.to(device))
+    check_teacher(teacher, text, reference, scale)
+    return teacher, text
+
+
+def load_transformer(folder: Path) -> SD3Transformer2DModel:
+    """A twin that `snapgen train teacher` made, fp32. Raises UserError where there is none, or no sound one."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"no teacher in {folder}: train one with `snapgen train teacher` and --ship it")
+    return load_model(SD3Transformer2DModel, folder, f"the teacher in {folder}")
+
+
+def _pipeline_place(config: Scale, folder: Path | None) -> str:
+    if folder is None:
+        return config.teacher_hub
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        if not (Path(folder) / name).is_dir():
+            raise UserError(f"no teacher in {folder}: it has no {name}; a teacher is a whole SD3.5 pipeline, as save_pretrained writes it")
+    return str(folder)
+
+
+def _load_sd35_text(place: str, transformer: SD3Transformer2DModel, t5: bool, device: str) -> SD35Text:
+    absent = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    try:  # the pipeline asks the transformer how wide T5's zeros have to be
+        pipe = StableDiffusion3Pipeline.from_pretrained(place, transformer=transformer, vae=None, dtype=torch.bfloat16, use_safetensors=True, **absent)
+    except Exception as error:  # as in load_model
+        raise UserError(f"cannot load the teacher's text encoders from {place}: {reason(error)}") from None
+    if min(len(pipe.tokenizer), len(pipe.tokenizer_2)) < 8:  # transformers makes an empty one where the files are missing
+        raise UserError(f"cannot load the teacher's text encoders from {place}: a tokenizer has no words")
+    return SD35Text(pipe.to(device))
+
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def reference_latents(vae: AutoencoderKL) -> Tensor:
+    """What `vae` makes of a picture of colour ramps, [1,16,8,8]: two networks share latents if they share these."""
+    ramp = torch.linspace(-1, 1, 64)
+    x, y = ramp.expand(64, 64), ramp[:, None].expand(64, 64)
+    return encode(vae, torch.stack([x, y, x * y])[None]).cpu()
+
+
+def save_reference(vae: AutoencoderKL, folder: Path) -> None:
+    """Tell which latents the twin in `folder` has learned."""
+    save_file({"reference": reference_latents(vae)}, folder / "latents.safetensors")
+
+
+def _load_reference(folder: Path) -> Tensor:
+    try:
+        return load_file(folder / "latents.safetensors")["reference"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"cannot tell which latents the teacher in {folder} knows: {reason(error)} (latents.safetensors)") from None
+
+
+def check_teacher(teacher: Teacher, text: TeacherText, reference: Tensor, scale: str) -> None:
+    """UserError where `teacher` cannot teach the scale's student; `reference` are the reference latents that it knows."""
+    config, held = get_scale(scale), teacher.transformer.config
+    if (held.in_channels, held.out_channels) != (config.latent_channels, config.latent_channels):
+        raise UserError(f"the teacher works on {held.in_channels} latent channels, the student of scale {scale} on {config.latent_channels}")
+    ours = reference_latents(load_autoencoder(scale))
+    if reference.shape != ours.shape or (reference - ours).norm() > 0.02 * ours.norm():  # 16 bits are 0.001 apart
+        raise UserError(f"teacher and student have latents of different autoencoders: the teacher cannot judge what the student of scale {scale} draws")
+    side, rest = divmod(config.latent_size, held.patch_size)
+    if rest or side > held.pos_embed_max_size:
+        raise UserError(f"the teacher's features do not fit: it cuts latents into patches of {held.patch_size}, at most {held.pos_embed_max_size} a side, and the student's have {config.latent_size}")
+    context, pooled = text([""])
+    if (context.shape[2], pooled.shape[1]) != (held.joint_attention_dim, held.pooled_projection_dim):
+        raise UserError(f"the teacher reads text of widths {held.joint_attention_dim} and {held.pooled_projection_dim}, its encoders give {context.shape[2]} and {pooled.shape[1]}")
+
+
+# ------------------------------------------------------------------------------------------------- drawing
+
+
+@torch.no_grad()
+def sample(teacher: Teacher, text: TeacherText, prompts: Sequence[str], noise: Tensor, sigmas: Tensor, guidance: float) -> Tensor:
+    """Latents of `prompts` drawn by the teacher itself, by Eq. 3 from `noise` [B,C,h,w], guided by the unconditional prompt."""
+    context, pooled = text([*[""] * len(prompts), *prompts])
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        timestep = (flow.TIMESTEPS * sigma).to(x.device).expand(2 * len(x))
+        v, _ = teacher(torch.cat([x, x]), timestep, context, pooled)
+        return flow.guide(*v.to(x.dtype).chunk(2), guidance)
+
+    return flow.sample(velocity, noise, sigmas)

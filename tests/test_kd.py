@@ -1,0 +1,268 @@
+"""Stage `kd`: where each loss reaches, what the teacher is asked, answers kept on disk, resume with the projector."""
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file
+
+from snapgen_core import flow
+from snapgen_core.distill import Projector, feature_loss, output_loss, scaled
+from snapgen_core.errors import UserError
+from snapgen_core.latents import load_autoencoder
+from snapgen_core.paths import checkpoint_dir
+from snapgen_core.pipeline import load_unet
+from snapgen_core.scales import SCALES
+from snapgen_core.stages import build_stage, kd
+from snapgen_core.stages.kd import KdStage, KdTraining, parse_weights
+from snapgen_core.teachers import save_reference
+from snapgen_core.text import load_text_encoders
+from snapgen_core.train import train
+from snapgen_core.weights import save_half
+
+CAPTIONS = ["a red car", "a dog", "two apples", "a dog left of a cat", "a green book"]
+
+
+class FewScenes:
+    """In place of `TrainingSet`: random latents under five captions."""
+
+    def __init__(self, encoders):
+        self.embeddings, self.parts = self, encoders.encode_parts(CAPTIONS)
+
+    def draw(self, count, generator):
+        rows = torch.randint(len(CAPTIONS), (count,), generator=generator).tolist()
+        return torch.randn(count, 16, 8, 8, generator=generator), [CAPTIONS[row] for row in rows]
+
+    def gather(self, captions):
+        rows = [CAPTIONS.index(caption) for caption in captions]
+        return tuple(part[rows] for part in self.parts)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return FewScenes(load_text_encoders(SCALES["tiny"]))
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    save_half(SD3Transformer2DModel(**SCALES["tiny"].teacher | {"num_layers": 1, "num_attention_heads": 2, "caption_projection_dim": 64}), folder)
+    save_reference(load_autoencoder("tiny"), folder)
+    return folder
+
+
+@pytest.fixture
+def stage(few, teacher_folder, tmp_path, monkeypatch):
+    """A stage of batches of four, with any options; its answers are kept in a folder of the test."""
+    monkeypatch.setattr(kd, "cache_dir", lambda scale: tmp_path / "cache")
+    monkeypatch.setattr(kd, "evaluate_unet", lambda *args, **settings: {"overall": 0.5})
+
+    def build(seed=0, **options):
+        made = KdStage("tiny", seed, **{"teacher": teacher_folder} | options)
+        made.data = few
+        object.__setattr__(made.settings, "batch_size", 4)
+        return made
+
+    return build
+
+
+def training(weights=None):
+    torch.manual_seed(0)
+    return KdTraining(load_unet(checkpoint_dir("tiny") / "base"), Projector(192, 24, (8, 8)), 3.0, weights)
+
+
+def random_batch(count=4):
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.1, 0.5, 0.75, 0.95])[:count]
+    return {"x0": normal(count, 16, 8, 8), "eps": normal(count, 16, 8, 8), "sigma": sigma, "context": normal(count, 48, 384), "velocity": normal(count, 16, 8, 8), "features": normal(count, 24, 8, 8)}
+
+
+# ------------------------------------------------------------------------------------------------- the losses
+
+LATER = ("unet.up_blocks", "unet.norm_out", "unet.conv_out")  # what lies behind the features
+
+
+@pytest.mark.parametrize(
+    ("loss", "reached"),
+    [
+        ("task", lambda name: name.startswith("unet.")),
+        ("output", lambda name: name.startswith("unet.")),
+        ("features", lambda name: not name.startswith(LATER)),
+    ],
+)
+def test_each_loss_reaches_exactly_its_parameters(loss, reached):
+    module, batch = training(), random_batch()
+    for name in ("velocity", "features"):
+        batch[name].requires_grad_()
+    module.losses(**batch)[loss].sum().backward()
+    got = {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert got == {name for name, _ in module.named_parameters() if reached(name)}
+    assert batch["velocity"].grad is None and batch["features"].grad is None
+
+
+def test_losses_by_hand():
+    module, batch = training(), random_batch()
+    inputs = (flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]), 1000 * batch["sigma"], batch["context"])
+    seen = []
+    handle = module.unet.mid_block.register_forward_hook(lambda block, given, output: seen.append(output))
+    v = module.unet(*inputs).sample
+    handle.remove()
+    losses = module.losses(**batch)
+    assert torch.allclose(losses["task"], flow.flow_matching_loss(v, batch["x0"], batch["eps"]))
+    assert torch.allclose(losses["output"], output_loss(batch["velocity"], v))
+    assert seen[0].shape == (4, 192, 4, 4) and torch.allclose(losses["features"], feature_loss(batch["features"], module.projector(seen[0])))
+
+
+def test_scaling_goes_by_the_timestep_before_the_shift():
+    module, batch = training(), random_batch()
+    u = torch.tensor([0.1 / 2.8, 0.25, 0.5, 0.95 / 1.1])  # sigma / (3 - 2 sigma)
+    assert torch.allclose(flow.unshift(batch["sigma"]), u) and torch.allclose(flow.time_shift(u), batch["sigma"])
+    losses = module.losses(**batch)
+    expected = scaled(losses["task"], losses["output"], u) + scaled(losses["task"], losses["features"], u)
+    loss, figures = module(**batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert figures == {name: pytest.approx(value.mean().item()) for name, value in losses.items()}
+
+
+def test_eq_6_in_its_place():
+    batch = random_batch()
+    module = training((0.5, 0.1))
+    losses = module.losses(**batch)
+    assert module(**batch)[0].item() == pytest.approx((losses["task"] + 0.5 * losses["output"] + 0.1 * losses["features"]).mean().item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- the batches
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(stage):
+    a, b = stage(), stage()
+    assert all(torch.equal(a.batch(3)[name], value) for name, value in b.batch(3).items())
+    assert not torch.equal(a.batch(3)["velocity"], a.batch(4)["velocity"]) and not torch.equal(a.batch(3)["eps"], stage(seed=1).batch(3)["eps"])
+
+
+def test_the_teacher_reads_the_whole_prompt_or_nothing(stage):
+    """Nothing where the student reads nothing, whatever of it else is dropped."""
+    made, asked = stage(), []
+    text = made.text
+    made.text = lambda prompts: asked.append(prompts) or text(prompts)
+    kinds = set()
+    for step in range(30):
+        batch = made.batch(step)
+        _, captions = kd.draw_batch(made.data, 4, kd.step_generator(0, step), 3.0)
+        for context, caption, prompt in zip(batch["context"], captions, asked[-1]):
+            clips, lm = context[:24].abs().max() > 0, context[24:].abs().max() > 0
+            kinds.add((bool(clips), bool(lm)))
+            assert prompt == (caption if clips or lm else "")
+    assert kinds == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+def test_answers_are_the_teachers_at_the_students_point(stage):
+    made = stage()
+    batch = made.batch(0)
+    _, captions = kd.draw_batch(made.data, 4, kd.step_generator(0, 0), 3.0)
+    whole = ["" if not context.any() else caption for context, caption in zip(batch["context"], captions)]
+    x = torch.stack([(1 - s) * x0 + s * eps for s, x0, eps in zip(batch["sigma"], batch["x0"], batch["eps"])])
+    velocity, features = made.teacher(x, 1000 * batch["sigma"], *made.text(whole))
+    assert torch.allclose(batch["velocity"], velocity, atol=1e-5) and torch.allclose(batch["features"], features, atol=1e-5)
+
+
+def test_stored_answers_are_asked_for_once_and_go_round(stage, monkeypatch):
+    live, made = stage(), stage(stored=2)
+    first = [made.batch(step) for step in range(2)]
+    for step in range(2):
+        for name, value in live.batch(step).items():
+            assert torch.allclose(first[step][name].float(), value, atol=5e-3), name
+    monkeypatch.setattr(KdStage, "answers", None)  # would be called, and fail
+    again = [stage(stored=2).batch(step) for step in (2, 3)]
+    assert all(torch.equal(again[i][name], first[i][name]) for i in range(2) for name in first[i])
+
+
+def test_damaged_answers_are_asked_for_again(stage):
+    made = stage(stored=1)
+    good = made.batch(0)
+    path = next(made.folder.iterdir())
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(made.batch(0)["features"], good["features"]) and load_file(path).keys() == {"velocity", "features"}
+
+
+def test_answers_of_another_teacher_or_seed_are_never_mixed_up(stage, teacher_folder, tmp_path):
+    torch.manual_seed(1)
+    save_half(SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(teacher_folder)), tmp_path / "other")
+    save_reference(load_autoencoder("tiny"), tmp_path / "other")
+    folders = {stage(stored=2).folder, stage(stored=2, seed=1).folder, stage(stored=2, teacher=tmp_path / "other").folder}
+    assert len(folders) == 3 and stage(stored=5).folder in folders
+
+
+# ------------------------------------------------------------------------------------------------- the training
+
+
+@pytest.mark.parametrize("constant", [None, "1,0", "0,0"])
+def test_stop_and_resume_equals_one_run(stage, tmp_path, constant):
+    """Projector and its moments included."""
+    whole = train(stage(constant=constant), tmp_path / "whole", steps=3, progress=False)
+    train(stage(constant=constant), tmp_path / "halves", steps=1, progress=False)
+    halves = train(stage(constant=constant), tmp_path / "halves", steps=3, progress=False)
+    a, b = load_file(whole), load_file(halves)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert any(name.startswith("projector.") for name in a) == (constant is None)
+    held = load_file(next((tmp_path / "whole" / "checkpoints").glob("*3/state.safetensors")))
+    assert ("optimizer.projector.conv2.weight.exp_avg" in held) == (constant is None)
+
+
+def test_without_a_teacher_it_is_the_task_alone(stage, monkeypatch):
+    monkeypatch.setattr(kd, "load_teacher", None)
+    made = stage(teacher=None, constant="0,0")
+    batch = made.batch(0)
+    assert set(batch) == {"x0", "eps", "sigma", "context"} and made.module.projector is None
+    loss, figures = made.module(**batch)
+    assert loss.item() == pytest.approx(figures["task"].item())
+
+
+def test_a_student_learns_its_teachers_answers(stage):
+    """Five steps on one batch bring output and features nearer."""
+    made = stage()
+    batch = made.batch(0)
+    optimizer = torch.optim.AdamW(made.module.parameters(), lr=1e-3)
+    before = made.module(**batch)[1]
+    for _ in range(5):
+        made.module(**batch)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = made.module(**batch)[1]
+    assert after["output"] < before["output"] and after["features"] < before["features"]
+
+
+def test_it_begins_with_the_base_student_and_comes_back_whole(stage, tmp_path):
+    made = stage()
+    base = load_unet(checkpoint_dir("tiny") / "base").state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in made.module.unet.state_dict().items())
+    with torch.no_grad():
+        for parameter in made.module.parameters():
+            parameter.add_(0.1)
+    assert [folder.name for folder in made.save(tmp_path)] == ["kd", "kd_projector"]
+    again = stage(seed=3)
+    again.load(tmp_path)
+    for name, tensor in again.module.state_dict().items():
+        assert torch.allclose(tensor, made.module.state_dict()[name], atol=2e-3), name
+
+
+def test_another_run_in_its_folder_is_refused(stage, tmp_path):
+    train(stage(), tmp_path / "run", steps=1, progress=False)
+    with pytest.raises(UserError, match="constant left out, not 1,0"):
+        train(stage(constant="1,0"), tmp_path / "run", steps=2, progress=False)
+
+
+@pytest.mark.parametrize("text", ["1", "1,2,3", "a,b", "-1,0", "nan,1", "1,inf", ""])
+def test_weights_that_are_none(text):
+    with pytest.raises(UserError, match="no weights of Eq. 6"):
+        parse_weights(text)
+
+
+def test_options_of_other_stages_are_refused():
+    assert parse_weights("0.5,2") == (0.5, 2.0)
+    with pytest.raises(UserError, match="stage base takes no --constant, only kd does"):
+        build_stage("base", "tiny", constant="0,0")
+    with pytest.raises(UserError, match="no teacher in /nowhere"):
+        build_stage("kd", "tiny", teacher="/nowhere")
