@@ -43,17 +43,20 @@ class TrainingSet:
         self.embeddings.add(self.scenes.captions, progress=progress)
         self.embeddings.encoders = None  # all is encoded: at `small` this gives 10 GB back
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-        """Random latents [B,16,h,w] with their captions."""
+    def pick(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """Latents [B,16,h,w] and captions of random scenes."""
         rows = torch.randint(len(self.scenes.latents), (count,), generator=generator)
         return self.scenes.latents[rows].float(), [self.scenes.captions[i] for i in rows.tolist()]
 
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """The same with the captions' context [B,L,D] between: each text encoder is dropped independently (Sec. 4)."""
+        latents, captions = self.pick(count, generator)
+        return latents, fuse(*drop_encoders(self.embeddings.gather(captions), generator=generator)), captions
+
 
 def draw_batch(data: TrainingSet, count: int, generator: torch.Generator, shift: float) -> tuple[dict[str, Tensor], list[str]]:
-    """What `BaseTraining` takes: random scenes of `data`, each of their text encoders dropped independently, fresh noise, and
-    noise levels (all Sec. 4). And their captions."""
-    x0, captions = data.draw(count, generator)
-    context = fuse(*drop_encoders(data.embeddings.gather(captions), generator=generator))
+    """What `BaseTraining` takes: random scenes of `data`, fresh noise, and noise levels of Sec. 4. And the scenes' captions."""
+    x0, context, captions = data.draw(count, generator)
     eps = torch.randn(x0.shape, generator=generator)
     return {"x0": x0, "eps": eps, "sigma": flow.sample_sigmas(count, generator, shift), "context": context}, captions
 

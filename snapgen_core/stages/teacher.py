@@ -73,7 +73,7 @@ class TeacherStage:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         generator = step_generator(self.seed, step, rank)
-        x0, captions = self.data.draw(self.settings.batch_size // world, generator)
+        x0, captions = self.data.pick(self.settings.batch_size // world, generator)
         dropped = torch.rand(len(x0), generator=generator) < DROP_PROBABILITY
         context = fuse(*self.data.embeddings.gather(captions)).masked_fill(dropped[:, None, None], 0.0)
         pooled = self.data.pooled(captions).masked_fill(dropped[:, None], 0.0)
