@@ -1,5 +1,6 @@
 """Stage `kd`: where each loss reaches, what the teacher is asked, answers kept on disk, resume with the projector."""
 
+import json
 from functools import partial
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
-from snapgen_core import flow
+from snapgen_core import bench_kd, flow
+from snapgen_core.cli import main
 from snapgen_core.distill import Projector, feature_loss, output_loss, scaled
 from snapgen_core.errors import UserError
 from snapgen_core.latents import load_autoencoder
@@ -263,3 +265,43 @@ def test_options_of_other_stages_are_refused():
         build_stage("base", "tiny", constant="0,0")
     with pytest.raises(UserError, match="no teacher in /nowhere"):
         build_stage("kd", "tiny", teacher="/nowhere")
+
+
+# ------------------------------------------------------------------------------------------------- what it costs
+
+
+def test_steps_are_timed_in_turns(few, teacher_folder, stage, monkeypatch):
+    monkeypatch.setattr(bench_kd, "KdStage", lambda scale, seed, **options: stage(seed, **{"teacher": None} | options))
+    monkeypatch.setattr(kd, "TrainingSet", lambda scale, seed: few)
+    times = bench_kd.time_steps("tiny", 2, teacher_folder)
+    assert times["plain"]["ratio"] == 1 and all(len(times[mode]["seconds"]) == 2 and times[mode]["ratio"] > 0 for mode in bench_kd.MODES)
+    assert times["batch_size"] == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_activations_are_counted_once(device):
+    """Two layers keep their inputs and the ReLU between them its output, which is the second layer's input."""
+    with torch.device(device):
+        network, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), torch.empty(3, 4)
+    assert bench_kd.saved_bytes(network, input=x) == 4 * (3 * 4 + 3 * 8)
+
+
+def test_costs_at_the_papers_size():
+    """SD3.5-Large has 8.06 B parameters; a transformer's MACs are at least its weights' for each token."""
+    costs = bench_kd.paper_costs()
+    assert costs["teacher_parameters"] == pytest.approx(8.06e9, rel=0.005) and costs["student_parameters"] == pytest.approx(379e6, rel=0.01)
+    assert costs["teacher_macs"] > 4096 * 0.5 * costs["teacher_parameters"] * 0.5
+    assert costs["answer_bytes"] == 2 * (16 * 128 * 128 + 2432 * 64 * 64)
+    assert costs["kd_activation_bytes"] > costs["task_activation_bytes"]
+    ratio = (3 * (costs["student_macs"] + costs["projector_macs"]) + costs["teacher_macs"]) / (3 * costs["student_macs"])
+    assert costs["step_macs_ratio"] == pytest.approx(ratio)
+
+
+def test_the_command_prints_and_writes(monkeypatch, tmp_path, capfd):
+    steps = {mode: {"seconds": [0.5], "median": 0.5, "ratio": ratio} for mode, ratio in (("plain", 1.0), ("stored", 1.2), ("live", 1.6))} | {"batch_size": 64}
+    monkeypatch.setattr(bench_kd, "time_steps", lambda scale, runs, teacher: steps)
+    assert main(["bench", "kd", "--runs", "7", "--json", str(tmp_path / "b.json")]) == 0
+    out, written = capfd.readouterr().out, json.loads((tmp_path / "b.json").read_text())
+    assert "the teacher asked" in out and "1.60" in out and "9.0 times the MACs" in out
+    assert written["steps"] == steps and written["runs"] == 7 and written["paper"]["step_macs_ratio"] == pytest.approx(8.96, abs=0.05)
+    assert main(["bench", "kd", "--only", "live"]) == 2 and "takes no --only" in capfd.readouterr().err

@@ -37,8 +37,9 @@ def bench(args: argparse.Namespace) -> int:
     if args.json:
         check_output(args.json, ".json")
     quiet_libraries(args.scale)
+    if args.what == "kd":
+        return _bench_kd(args)
 
-    import torch
 
     from .. import bench as benchmark
     from ..peers import BENCHMARKS
@@ -48,9 +49,9 @@ def bench(args: argparse.Namespace) -> int:
     if unknown:
         raise UserError(f"unknown model {unknown[0]!r}: choose among {', '.join(contenders)}")
     device, dtype = benchmark.device_and_dtype()
+    machine = _machine()
     usual = [name for name in contenders if device.type == "cuda" or not contenders[name].compiled]  # on CPUs it gains little
     names = [name for name in contenders if name in args.only] if args.only else usual
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"one forward pass, batch 1, {str(dtype).removeprefix('torch.')}, {machine}, median of {args.runs}")
     print(f"ratio: seconds over those of {'the step before' if args.what == 'chain' else 'ours'}, the two taking turns")
     _print(HEADER)
@@ -67,6 +68,36 @@ def bench(args: argparse.Namespace) -> int:
             seconds = line["layouts"]["as_built"]["median"]
             print(f"floor of ours, its MACs at the peak of a matrix product ({line['matmul_gflops']:.0f} GFLOP/s): {line['floor_seconds']:.3g} s; measured {seconds / line['floor_seconds']:.2f} times that")
     if args.json:
-        facts = {"command": shlex.join(["snapgen", *args.argv]), "commit": git_commit(), "date": now(), "machine": machine, "cores": os.cpu_count(), "dtype": str(dtype), "runs": args.runs}
-        write_json(args.json, {**facts, "models": lines})
+        write_json(args.json, {**_facts(args), "dtype": str(dtype), "models": lines})
+    return 0
+
+
+def _machine() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _facts(args: argparse.Namespace) -> dict:
+    """How a result came to be."""
+    return {"command": shlex.join(["snapgen", *args.argv]), "commit": git_commit(), "date": now(), "machine": _machine(), "cores": os.cpu_count(), "runs": args.runs}
+
+
+def _bench_kd(args: argparse.Namespace) -> int:
+    """Steps of stage `kd`, and what one costs at the paper's size."""
+    if args.only:
+        raise UserError("bench kd compares its three kinds of steps: it takes no --only")
+    from ..bench_kd import paper_costs, time_steps
+    from ..memory import keep_freed_memory
+
+    keep_freed_memory()  # as `train` does
+    steps = time_steps(args.scale, args.runs, args.teacher)
+    print(f"a training step of {steps['batch_size']} samples at {args.scale}, {_machine()}, median of {args.runs}; ratios in turns")
+    for mode, what in (("plain", "without a teacher"), ("stored", "its answers from the disk"), ("live", "the teacher asked")):
+        print(f"{what:<28}{steps[mode]['median']:>8.3f} s{steps[mode]['ratio']:>8.2f}")
+    costs = paper_costs()
+    print(f"at the paper's size, a sample of 1024 pixels: student {costs['student_macs'] / 1e9:.0f} GMACs forward, SD3.5-Large {costs['teacher_macs'] / 1e9:.0f};")
+    print(f"a step takes {costs['step_macs_ratio']:.1f} times the MACs of one without a teacher, and keeps {costs['kd_activation_bytes'] / 2**30:.1f} GiB of activations ({costs['task_activation_bytes'] / 2**30:.1f} without)")
+    if args.json:
+        write_json(args.json, {**_facts(args), "scale": args.scale, "steps": steps, "paper": costs})
     return 0

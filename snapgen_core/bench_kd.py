@@ -1,0 +1,109 @@
+"""What a teacher costs: steps of stage `kd` timed at tiny, and at the paper's size counted, without weights."""
+
+import statistics
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .bench import timed
+from .distill import Projector
+from .profile import count_macs, count_parameters
+from .stages.kd import KdStage, KdTraining
+from .unet import SnapGenUNet
+
+MODES = {  # what is timed: options of stage `kd`
+    "plain": {"constant": "0,0"},
+    "stored": {"stored": 1},
+    "live": {},
+}
+# SD3.5-Large's configuration, for counting: 8.06 B parameters.
+SD35_LARGE = dict(
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64, num_attention_heads=38,
+    joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192, qk_norm="rms_norm",
+)
+# The largest parts beside it, parameters in billions (from their model cards): the teacher's T5, the student's Gemma, both CLIPs.
+TEXT_ENCODERS = {"T5": 4.76, "Gemma-2-2b": 2.61, "CLIP-L and CLIP-G": 0.82}
+
+
+class Step:
+    """A training step of stage `kd`, its batch and its optimiser included."""
+
+    def __init__(self, scale: str, options: dict, teacher=None):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.stage = KdStage(scale, 0, **options, **({} if options.get("constant") == "0,0" else {"teacher": teacher}))
+        self.module = self.stage.module.to(self.device).train()
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6, fused=True)
+
+    def __call__(self) -> None:
+        batch = {name: value.to(self.device) for name, value in self.stage.batch(0).items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss, _ = self.module(**batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def time_steps(scale: str, runs: int, teacher=None) -> dict:
+    """Seconds of a step without a teacher, with its answers from the disk, and with the teacher asked; and their ratios to
+    the first. The three take turns, so that a machine whose speed changes does it to all of them."""
+    steps = {mode: Step(scale, options, teacher) for mode, options in MODES.items()}
+    data = steps["plain"].stage.data
+    for step in steps.values():
+        step.stage.data = data
+        step()  # the first one takes memory, and keeps the stored answers
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for _ in tqdm(range(runs), desc="steps", unit="round", leave=False):
+        for mode, step in steps.items():
+            seconds[mode] += timed(step, 1, step.device)
+    result = {"batch_size": steps["plain"].stage.settings.batch_size}
+    for mode, own in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(own, seconds["plain"]))
+        result[mode] = {"seconds": own, "median": statistics.median(own), "ratio": ratio}
+    return result
+
+
+def saved_bytes(module: nn.Module, **inputs: Tensor) -> int:
+    """Bytes that a forward pass keeps for its backward pass, weights left out. Works on meta tensors."""
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        held.append(storage)  # alive until the end, or its number would be used again
+        return tensor
+
+    held: list = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(**inputs)
+    return sum(kept.values())
+
+
+def paper_costs(text_tokens: int = 154, teacher_tokens: int = 333) -> dict[str, float]:
+    """MACs and bytes of one sample at 1024 pixels: student, projector and SD3.5-Large, counted on meta tensors in bf16."""
+    with torch.device("meta"):
+        unet = SnapGenUNet.from_preset("paper").to(torch.bfloat16)
+        teacher = SD3Transformer2DModel(**SD35_LARGE).to(torch.bfloat16)
+        projector = Projector(unet.config.channels[-1], teacher.inner_dim, (64, 64)).to(torch.bfloat16)
+        half = {"dtype": torch.bfloat16}
+        latent, time = torch.empty(1, 16, 128, 128, **half), torch.empty(1)
+        context, features = torch.empty(1, text_tokens, unet.config.context_dim, **half), torch.empty(1, unet.config.channels[-1], 32, 32, **half)
+        costs = {
+            "student_parameters": count_parameters(unet),
+            "projector_parameters": count_parameters(projector),
+            "teacher_parameters": count_parameters(teacher),
+            "student_macs": count_macs(unet, latent, time, context),
+            "projector_macs": count_macs(projector, features),
+            "teacher_macs": count_macs(teacher, latent, torch.empty(1, teacher_tokens, 4096, **half), torch.empty(1, 2048, **half), time),
+            "task_activation_bytes": saved_bytes(unet, sample=latent, timestep=time, encoder_hidden_states=context),
+            "answer_bytes": 2 * (latent.numel() + teacher.inner_dim * 64 * 64),
+        }
+        training = KdTraining(unet, projector, 3.0)
+        answers = {"velocity": latent, "features": torch.empty(1, teacher.inner_dim, 64, 64, **half)}
+        costs["kd_activation_bytes"] = saved_bytes(training, x0=latent, eps=latent, sigma=time.to(torch.bfloat16), context=context, **answers)
+    # A step computes forward once and backward twice what is trained, and forward once what is frozen.
+    trained = 3 * (costs["student_macs"] + costs["projector_macs"])
+    return costs | {"step_macs_ratio": (trained + costs["teacher_macs"]) / (3 * costs["student_macs"])}
