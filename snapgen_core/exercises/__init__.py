@@ -1,0 +1,27 @@
+"""Checkers of the notebooks' exercises: each says what is wrong with an answer and where to look, or that it is right."""
+
+from .efficient_unet import check_design, check_layer_macs, check_separable
+from .flow_matching import check_endpoints, check_heun, check_share_above
+from .knowledge_distillation import check_binned_ratio, check_half_weight, check_scaled
+from .start_here import check_fusion, check_judge, check_numbers
+from .tiny_decoder import check_decoder_design, check_reach, check_residual
+from .verdict import Verdict
+
+__all__ = [
+    "Verdict",
+    "check_binned_ratio",
+    "check_decoder_design",
+    "check_design",
+    "check_endpoints",
+    "check_fusion",
+    "check_half_weight",
+    "check_heun",
+    "check_judge",
+    "check_layer_macs",
+    "check_numbers",
+    "check_reach",
+    "check_residual",
+    "check_scaled",
+    "check_separable",
+    "check_share_above",
+]
