@@ -13,7 +13,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3.13 python3; do \
 endif
 TORCH ?= $(or $(shell cat $(VENV)/torch.txt 2>/dev/null),torch==2.13.0)
 MINUTES ?= 30
-STAGES := autoencoder decoder decoder_norms photo_autoencoder photo_decoder text detector base
+STAGES := autoencoder decoder decoder_norms photo_autoencoder photo_decoder text detector base teacher kd
 
 # More torch threads than cores make everything many times slower.
 ifndef OMP_NUM_THREADS

@@ -187,5 +187,6 @@ def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None, d
 def load_unet(folder: Path) -> SnapGenUNet:
     """A student saved with `save_pretrained`, in fp32. Raises UserError where there is none, or no sound one."""
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"no student in {folder}: train one with `snapgen train base` at its scale, and --ship it or name its folder RUN_DIR/weights/base")
+        stage = Path(folder).name if Path(folder).name in PICTURE_STAGES else "base"
+        raise UserError(f"no student in {folder}: train one with `snapgen train {stage}` at its scale, and --ship it or name its folder RUN_DIR/weights/{stage}")
     return load_model(SnapGenUNet, folder, f"the student in {folder}")

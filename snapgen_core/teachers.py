@@ -4,25 +4,33 @@ A teacher shares the student's latents and its flow: it answers the same x_t at 
 text encoders of its own, and a prompt "" is its unconditional one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from . import flow
 from .errors import UserError, reason
 from .latents import encode, load_autoencoder
 from .paths import checkpoint_dir
 from .scales import Scale, get_scale
-from .text import TextEncoders, load_text_encoders
+from .text import TextEncoders, load_encoder, load_text_encoders
 from .weights import load_model
 
-# prompts -> (context [B, L, D], pooled [B, P]), the two forms in which SD3 reads text
-TeacherText = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+class TeacherText(Protocol):
+    """What reads prompts for a teacher."""
+
+    def to(self, device: torch.device | str) -> "TeacherText": ...
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """context [B, L, D] and pooled [B, P], the two forms in which SD3 takes text."""
 
 
 class Teacher(nn.Module):
@@ -82,6 +90,10 @@ class TwinText:
     def __init__(self, encoders: TextEncoders):
         self.encoders = encoders
 
+    def to(self, device: torch.device | str) -> "TwinText":
+        self.encoders.to(device)
+        return self
+
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         empty = torch.tensor([not prompt for prompt in prompts], device=self.encoders.device)
         context, pooled = self.encoders.encode(prompts), self.encoders.pooled(prompts)
@@ -94,6 +106,10 @@ class SD35Text:
     def __init__(self, pipe: StableDiffusion3Pipeline):
         self.pipe = pipe
 
+    def to(self, device: torch.device | str) -> "SD35Text":
+        self.pipe.to(device)
+        return self
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         context, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
@@ -104,7 +120,7 @@ class SD35Text:
 
 
 def load_teacher(scale: str, folder: Path | None = None, t5: bool = True) -> tuple[Teacher, TeacherText]:
-    """The teacher of `scale`, frozen, and what reads prompts for it.
+    """The teacher of `scale`, frozen, and what reads prompts for it; both on the CPU.
 
     At `tiny` the twin (fp32) that ships or that is in `folder`; else SD3.5 in bf16 from the hub, or from a pipeline's
     folder with `transformer`, `vae`, `text_encoder`, ...; its T5 is left out where the folder has none or `t5` is False.
@@ -113,17 +129,19 @@ def load_teacher(scale: str, folder: Path | None = None, t5: bool = True) -> tup
         UserError: it is missing or damaged, or it is no teacher for the scale's student: other latents, another size.
     """
     config = get_scale(scale)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.teacher:
+        if not t5:
+            raise UserError(f"the teacher of scale {scale} has no T5")
         folder = Path(folder or checkpoint_dir(scale) / "teacher")
         transformer, reference = load_transformer(folder), _load_reference(folder)
-        text = TwinText(load_text_encoders(config).to(device))
+        text = TwinText(load_text_encoders(config))
     else:
-        place = _pipeline_place(config, folder)
+        t5 = t5 and (folder is None or (Path(folder) / "text_encoder_3").is_dir())
+        place = _pipeline_place(config, folder, t5)
         transformer = load_model(SD3Transformer2DModel, place, f"the teacher in {place}", dtype=torch.bfloat16, subfolder="transformer")
         reference = reference_latents(load_model(AutoencoderKL, place, f"the autoencoder in {place}", subfolder="vae"))
-        text = _load_sd35_text(place, transformer, t5 and not (folder and not (Path(folder) / "text_encoder_3").is_dir()), device)
-    teacher = Teacher(transformer.to(device))
+        text = _load_sd35_text(place, transformer, t5)
+    teacher = Teacher(transformer)
     check_teacher(teacher, text, reference, scale)
     return teacher, text
 
@@ -135,24 +153,23 @@ def load_transformer(folder: Path) -> SD3Transformer2DModel:
     return load_model(SD3Transformer2DModel, folder, f"the teacher in {folder}")
 
 
-def _pipeline_place(config: Scale, folder: Path | None) -> str:
+def _pipeline_place(config: Scale, folder: Path | None, t5: bool) -> str:
     if folder is None:
         return config.teacher_hub
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+    for name in ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", *["tokenizer_3"] * t5):
         if not (Path(folder) / name).is_dir():
             raise UserError(f"no teacher in {folder}: it has no {name}; a teacher is a whole SD3.5 pipeline, as save_pretrained writes it")
     return str(folder)
 
 
-def _load_sd35_text(place: str, transformer: SD3Transformer2DModel, t5: bool, device: str) -> SD35Text:
-    absent = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
-    try:  # the pipeline asks the transformer how wide T5's zeros have to be
-        pipe = StableDiffusion3Pipeline.from_pretrained(place, transformer=transformer, vae=None, dtype=torch.bfloat16, use_safetensors=True, **absent)
-    except Exception as error:  # as in load_model
-        raise UserError(f"cannot load the teacher's text encoders from {place}: {reason(error)}") from None
-    if min(len(pipe.tokenizer), len(pipe.tokenizer_2)) < 8:  # transformers makes an empty one where the files are missing
-        raise UserError(f"cannot load the teacher's text encoders from {place}: a tokenizer has no words")
-    return SD35Text(pipe.to(device))
+def _load_sd35_text(place: str, transformer: SD3Transformer2DModel, t5: bool) -> SD35Text:
+    parts = []
+    for suffix, classes in (("", (CLIPTextModelWithProjection, CLIPTokenizer)), ("_2", (CLIPTextModelWithProjection, CLIPTokenizer)), ("_3", (T5EncoderModel, T5TokenizerFast))):
+        wanted = t5 or suffix != "_3"
+        parts += load_encoder(*classes, place, f"text_encoder{suffix}", f"tokenizer{suffix}", dtype=torch.bfloat16) if wanted else (None, None)
+    names = [f"{part}{suffix}" for suffix in ("", "_2", "_3") for part in ("text_encoder", "tokenizer")]
+    # The pipeline asks the transformer how wide T5's zeros have to be.
+    return SD35Text(StableDiffusion3Pipeline(transformer=transformer, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(), **dict(zip(names, parts))))
 
 
 # ------------------------------------------------------------------------------------------------- checks

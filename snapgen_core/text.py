@@ -238,16 +238,23 @@ def load_text_encoders(scale: Scale, folder: Path | None = None) -> TextEncoders
     from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection, CLIPTokenizer
 
     loaded = []
-    for place, (source, sub_model, sub_tokenizer) in enumerate(_sources(scale, folder)):
-        model_class, tokenizer_class = (AutoModel, AutoTokenizer) if place == 2 else (CLIPTextModelWithProjection, CLIPTokenizer)
-        model, report = _from_pretrained(model_class, source, sub_model, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-        absent = [*report["missing_keys"], *report["mismatched_keys"]]
-        if absent:  # transformers would fill them with random numbers
-            raise UserError(f"{source} holds weights of another text encoder: {len(absent)} tensors do not fit")
-        loaded += [model, _from_pretrained(tokenizer_class, source, sub_tokenizer)]
-        if len(loaded[-1]) > loaded[-2].config.vocab_size or len(loaded[-1]) < 8:  # < 8: CLIPTokenizer without its files
-            raise UserError(f"the tokenizer in {source} ({len(loaded[-1])} tokens) does not fit its model ({loaded[-2].config.vocab_size})")
+    for place, source in enumerate(_sources(scale, folder)):
+        classes = (AutoModel, AutoTokenizer) if place == 2 else (CLIPTextModelWithProjection, CLIPTokenizer)
+        loaded += load_encoder(*classes, *source)
     return TextEncoders(*loaded, clip_tokens=scale.clip_tokens, lm_tokens=scale.lm_tokens)
+
+
+def load_encoder(model_class: Any, tokenizer_class: Any, source: str, sub_model: str, sub_tokenizer: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A text encoder and its tokenizer from two subfolders of a folder or hub repository. Raises UserError where one of
+    them is missing or damaged."""
+    model, report = _from_pretrained(model_class, source, sub_model, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    absent = [*report["missing_keys"], *report["mismatched_keys"]]
+    if absent:  # transformers would fill them with random numbers
+        raise UserError(f"{source} holds weights of another text encoder: {len(absent)} tensors do not fit")
+    tokenizer = _from_pretrained(tokenizer_class, source, sub_tokenizer)
+    if len(tokenizer) > model.config.vocab_size or len(tokenizer) < 8:  # < 8: CLIPTokenizer without its files
+        raise UserError(f"the tokenizer in {source} ({len(tokenizer)} tokens) does not fit its model ({model.config.vocab_size})")
+    return model, tokenizer
 
 
 def _sources(scale: Scale, folder: Path | None) -> list[tuple[str, str, str]]:

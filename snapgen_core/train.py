@@ -12,6 +12,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -215,8 +216,9 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         UserError: there is no compiler, the folder holds another run, or loss or gradient is no longer finite (the last checkpoint is kept).
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint of the step then in progress was written.
     """
-    if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++", "cl"))):
-        raise UserError("torch compiles with a C++ compiler, and there is none here: install g++, or leave out --compile")
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # what torch looks for
+    if compile and shutil.which(compiler) is None:
+        raise UserError(f"torch compiles with {compiler}, and there is none here: install it, or leave out --compile")
     run_dir.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     gpu = torch.cuda.is_available()
@@ -284,7 +286,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     checkpoint()
     if stopped:
         raise KeyboardInterrupt(f"stopped after step {step}; the same command resumes from {run_dir}")
-    return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60, origin)
+    return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60, origin, compile)
 
 
 def _in_any_process(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
@@ -332,7 +334,7 @@ def _trim_log(path: Path, step: int) -> None:
         temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
 
 
-def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float, origin: dict | None) -> Path:
+def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float, origin: dict | None, compiled: bool) -> Path:
     """Put the EMA weights into the module, write DIR/model.safetensors and DIR/weights, score them into DIR/result.json."""
     path = run_dir / "model.safetensors"
     stage.module.load_state_dict(ema.state)
@@ -346,7 +348,7 @@ def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, ste
             "stage": stage.name,
             "scale": stage.scale,
             "seed": stage.seed,
-            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}" + "".join(f" --{name} {shlex.quote(value)}" for name, value in stage.options.items()) + (" --warm-start" if origin else ""),
+            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}" + "".join(f" --{name} {shlex.quote(value)}" for name, value in stage.options.items()) + " --warm-start" * bool(origin) + " --compile" * compiled,
             "commit": git_commit(),
             "steps": step,
             "samples": step * stage.settings.batch_size,
@@ -362,8 +364,9 @@ def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, ste
 
 
 def _loss_curve(log: Path, points: int = 20) -> list[float]:
-    """The run in brief: the mean loss of each of (at most) `points` equal stretches of it."""
-    losses = torch.tensor([json.loads(line)["loss"] for line in log.read_text("utf-8").splitlines()], dtype=torch.float64)
+    """The run in brief: the mean loss of each of (at most) `points` equal stretches of it; the task's, where it is logged."""
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    losses = torch.tensor([line.get("task", line["loss"]) for line in lines], dtype=torch.float64)
     return [round(part.mean().item(), 5) for part in losses.tensor_split(min(points, len(losses)))]
 
 

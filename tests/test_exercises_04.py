@@ -38,6 +38,7 @@ SCALED = [
     (lambda task, kd, t: (task_weight(t) * task + (1 - task_weight(t)) * task / kd * kd).mean(), "cancels the loss"),
     (lambda task, kd, t: ((1 - task_weight(t)) * task + task_weight(t) * ratio(task, kd) * kd).mean(), "exchanged"),
     (lambda task, kd, t: (task_weight(t) * task + (1 - task_weight(t)) * task / kd.detach() * kd).mean(), "its gradient is not"),
+    (lambda task, kd, t: (task_weight(t) * task.detach() + (1 - task_weight(t)) * ratio(task, kd) * kd).mean(), "its gradient is not"),
 ]
 
 
@@ -48,7 +49,7 @@ def test_mistakes_in_eq_7(answer, hint):
 
 
 def test_eq_7():
-    assert check_scaled(scaled)
+    assert check_scaled(scaled) and check_scaled(lambda task, kd, t: scaled(task.double(), kd.double(), t.double()))
     assert check_scaled(lambda task, kd, t: (task_weight(t) * task + (1 - task_weight(t)) * ratio(task, kd) * kd).mean())
 
 

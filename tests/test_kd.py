@@ -59,7 +59,7 @@ def stage(few, teacher_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(kd, "evaluate_unet", lambda *args, **settings: {"overall": 0.5})
 
     def build(seed=0, **options):
-        made = KdStage("tiny", seed, **{"teacher": teacher_folder} | options)
+        made = KdStage("tiny", seed, **({} if options.get("constant") == "0,0" else {"teacher": teacher_folder}) | options)
         made.data = few
         object.__setattr__(made.settings, "batch_size", 4)
         return made
@@ -80,7 +80,7 @@ def random_batch(count=4):
 
 # ------------------------------------------------------------------------------------------------- the losses
 
-LATER = ("unet.up_blocks", "unet.norm_out", "unet.conv_out")  # what lies behind the features
+LATER = ("unet.up_blocks.0.upsample", "unet.up_blocks.1", "unet.norm_out", "unet.conv_out")  # what lies behind the features
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_losses_by_hand():
     module, batch = training(), random_batch()
     inputs = (flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]), 1000 * batch["sigma"], batch["context"])
     seen = []
-    handle = module.unet.mid_block.register_forward_hook(lambda block, given, output: seen.append(output))
+    handle = module.unet.up_blocks[0].upsample.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
     v = module.unet(*inputs).sample
     handle.remove()
     losses = module.losses(**batch)
@@ -190,8 +190,12 @@ def test_answers_of_another_teacher_or_seed_are_never_mixed_up(stage, teacher_fo
     torch.manual_seed(1)
     save_half(SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(teacher_folder)), tmp_path / "other")
     save_reference(load_autoencoder("tiny"), tmp_path / "other")
-    folders = {stage(stored=2).folder, stage(stored=2, seed=1).folder, stage(stored=2, teacher=tmp_path / "other").folder}
-    assert len(folders) == 3 and stage(stored=5).folder in folders
+    hard_of_hearing = stage(stored=2)
+    text = hard_of_hearing.text
+    hard_of_hearing.text = lambda prompts: tuple(0.5 * part for part in text(prompts))
+    others = (stage(stored=2, seed=1), stage(stored=2, teacher=tmp_path / "other"), stage(stored=2, constant="1,0"), hard_of_hearing)
+    folders = {stage(stored=2).folder, *(other.folder for other in others)}
+    assert len(folders) == 5 and stage(stored=5).folder in folders
 
 
 # ------------------------------------------------------------------------------------------------- the training
@@ -212,7 +216,7 @@ def test_stop_and_resume_equals_one_run(stage, tmp_path, constant):
 
 def test_without_a_teacher_it_is_the_task_alone(stage, monkeypatch):
     monkeypatch.setattr(kd, "load_teacher", None)
-    made = stage(teacher=None, constant="0,0")
+    made = stage(constant="0,0")
     batch = made.batch(0)
     assert set(batch) == {"x0", "eps", "sigma", "context"} and made.module.projector is None
     loss, figures = made.module(**batch)
@@ -253,10 +257,42 @@ def test_another_run_in_its_folder_is_refused(stage, tmp_path):
         train(stage(constant="1,0"), tmp_path / "run", steps=2, progress=False)
 
 
+def test_without_feature_distillation_no_features_are_asked_for(stage):
+    assert "features" not in stage(constant="1,0").batch(0) and "features" in stage(constant="1,0.1").batch(0)
+
+
+def test_a_projector_of_another_teacher_is_refused(stage, tmp_path):
+    stage().save(tmp_path)
+    save_half(Projector(192, 24, (8, 8)), tmp_path / "kd_projector")
+    with pytest.raises(UserError, match="another teacher's features"):
+        stage().load(tmp_path)
+
+
+def test_16_bits_of_the_teacher_beside_32_of_the_student():
+    """Answers as SD3.5 gives them, and training under autocast as on a GPU."""
+    module, batch = training(), random_batch()
+    plain = module(**batch)[0]
+    batch |= {name: batch[name].bfloat16() for name in ("velocity", "features")}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, figures = module(**batch)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(plain.item(), rel=0.02)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
 @pytest.mark.parametrize("text", ["1", "1,2,3", "a,b", "-1,0", "nan,1", "1,inf", ""])
 def test_weights_that_are_none(text):
     with pytest.raises(UserError, match="no weights of Eq. 6"):
         parse_weights(text)
+
+
+def test_options_without_effect_are_refused(stage, teacher_folder):
+    for options in ({"stored": 3}, {"t5": "no"}, {"t5": "yes"}, {"teacher": teacher_folder}):
+        with pytest.raises(UserError, match="there is no teacher: leave out"):
+            stage(constant="0,0", **options)
+    with pytest.raises(UserError, match="the teacher of scale tiny has no T5"):
+        stage(t5="no")
+    assert stage(constant="0.50,2.0").options["constant"] == "0.5,2" and "t5" not in stage(t5="yes").options
 
 
 def test_options_of_other_stages_are_refused():
@@ -271,11 +307,25 @@ def test_options_of_other_stages_are_refused():
 
 
 def test_steps_are_timed_in_turns(few, teacher_folder, stage, monkeypatch):
-    monkeypatch.setattr(bench_kd, "KdStage", lambda scale, seed, **options: stage(seed, **{"teacher": None} | options))
+    monkeypatch.setattr(bench_kd, "KdStage", lambda scale, seed, **options: stage(seed, **options))
     monkeypatch.setattr(kd, "TrainingSet", lambda scale, seed: few)
+    asked = []
+    answers = KdStage.answers
+    monkeypatch.setattr(KdStage, "answers", lambda stage, *given: asked.append(stage.stored) or answers(stage, *given))
     times = bench_kd.time_steps("tiny", 2, teacher_folder)
+    assert asked.count(1) == 1 and asked.count(None) == 3  # stored: once, before the clock starts; live: every time
     assert times["plain"]["ratio"] == 1 and all(len(times[mode]["seconds"]) == 2 and times[mode]["ratio"] > 0 for mode in bench_kd.MODES)
     assert times["batch_size"] == 4
+
+
+def test_attention_keeps_no_matrix_of_scores():
+    class Attend(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(2 * x, 3 * x, 4 * x)
+
+    with torch.device("meta"):
+        x = torch.empty(1, 2, 100, 8, requires_grad=True)
+    assert bench_kd.saved_bytes(Attend(), x=x) == 4 * 4 * x.numel()  # queries, keys, values and the output
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -289,12 +339,11 @@ def test_activations_are_counted_once(device):
 def test_costs_at_the_papers_size():
     """SD3.5-Large has 8.06 B parameters; a transformer's MACs are at least its weights' for each token."""
     costs = bench_kd.paper_costs()
+    # Every token passes one of a block's two halves, and 36 of a block's 108 matrices make modulations, once a picture.
+    assert 0.6 < costs["teacher_macs"] / (4096 * costs["teacher_parameters"] / 3) < 2.5
     assert costs["teacher_parameters"] == pytest.approx(8.06e9, rel=0.005) and costs["student_parameters"] == pytest.approx(379e6, rel=0.01)
-    assert costs["teacher_macs"] > 4096 * 0.5 * costs["teacher_parameters"] * 0.5
     assert costs["answer_bytes"] == 2 * (16 * 128 * 128 + 2432 * 64 * 64)
-    assert costs["kd_activation_bytes"] > costs["task_activation_bytes"]
-    ratio = (3 * (costs["student_macs"] + costs["projector_macs"]) + costs["teacher_macs"]) / (3 * costs["student_macs"])
-    assert costs["step_macs_ratio"] == pytest.approx(ratio)
+    assert 1 < costs["kd_activation_bytes"] / costs["task_activation_bytes"] < 1.05
 
 
 def test_the_command_prints_and_writes(monkeypatch, tmp_path, capfd):

@@ -230,12 +230,20 @@ def test_sd35_of_another_autoencoder_or_in_parts(sd35_folder, tmp_path, monkeypa
     for part in sd35_folder.iterdir():
         if part.name != "tokenizer":
             (broken / part.name).symlink_to(part)
-    with pytest.raises(UserError, match="cannot load the teacher's text encoders"):
+    with pytest.raises(UserError, match="it has no tokenizer;"):
         load_teacher("small", broken)
 
 
+def test_sd35_whose_t5_has_no_tokenizer_is_refused(sd35_folder, same_vae, tmp_path):
+    for part in sd35_folder.iterdir():
+        if part.name != "tokenizer_3":
+            (tmp_path / part.name).symlink_to(part)
+    with pytest.raises(UserError, match="it has no tokenizer_3;"):
+        load_teacher("small", tmp_path)
+
+
 def test_a_missing_hub_is_one_clear_line(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot load the teacher in stabilityai/stable-diffusion-3.5-large") as error:
         load_teacher("paper")
     assert "\n" not in str(error.value)

@@ -39,7 +39,8 @@ def bench(args: argparse.Namespace) -> int:
     quiet_libraries(args.scale)
     if args.what == "kd":
         return _bench_kd(args)
-
+    if args.teacher:
+        raise UserError(f"bench {args.what} has no teacher: --teacher goes with bench kd")
 
     from .. import bench as benchmark
     from ..peers import BENCHMARKS

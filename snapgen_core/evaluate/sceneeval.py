@@ -174,7 +174,8 @@ def evaluate_stage(
     from .. import load
 
     if stage == "teacher":
-        report = evaluate_teacher(scale, *load_teacher(scale, folder), images, seed, steps, guidance, decoder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        report = evaluate_teacher(scale, *(part.to(device) for part in load_teacher(scale, folder)), images, seed, steps, guidance, decoder)
     else:
         pipe = load(scale, stage, folder, decoder)
         if torch.cuda.is_available():

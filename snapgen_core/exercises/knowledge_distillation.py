@@ -61,9 +61,9 @@ def check_scaled(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
             return wrong("the value is not right. Once the losses are on one scale, how large must the whole be?")
         if not value.requires_grad:
             return wrong("the value is right, but it carries no gradient: only the ratio is to be detached.")
-        gradients = torch.autograd.grad(value, (task, distillation), allow_unused=True)
+        gradients = [torch.zeros(8) if g is None else g for g in torch.autograd.grad(value, (task, distillation), allow_unused=True)]
         wanted = weight / 8, (1 - weight) * (task / distillation).detach() / 8
-        if gradients[1] is None or close(gradients[1], torch.zeros(8)):
+        if close(gradients[1], torch.zeros(8)):
             return wrong("the value is right, but the distillation loss gets no gradient. The ratio has to be detached, or it cancels the loss that it scales.")
         if close(gradients[1], weight * (task / distillation).detach() / 8):
             return wrong("the weights are exchanged: lambda belongs to the task.")

@@ -33,7 +33,7 @@ def right(message: str) -> Verdict:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, atol=1e-4)
+    return torch.allclose(a.to(b), b, atol=1e-4)
 
 
 def call(answer: Callable, *arguments) -> tuple[object, Verdict | None]:

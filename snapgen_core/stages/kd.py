@@ -28,8 +28,8 @@ from .base import TrainingSet, draw_batch
 class KdTraining(nn.Module):
     """forward(x0, eps [B,16,h,w], sigma [B], context [B,L,D], velocity [B,16,h,w], features [B,D,H,W]) -> (loss, figures).
 
-    `velocity` and `features` are the teacher's. The student's features are those of its lowest resolution, where most of
-    its transformer layers are.
+    `velocity` and `features` are the teacher's. The student's features are those behind the last transformer of its lowest
+    resolution, where most of its transformer layers are.
 
     Args:
         projector: psi of Eq. 5; None leaves feature distillation out.
@@ -40,7 +40,7 @@ class KdTraining(nn.Module):
         super().__init__()
         self.unet, self.projector = unet, projector
         self.shift, self.weights = shift, weights
-        unet.mid_block.register_forward_hook(self._keep)
+        unet.up_blocks[0].blocks[-1].register_forward_hook(self._keep)
 
     def _keep(self, block: nn.Module, inputs: tuple, output: Tensor) -> None:
         self._features = output
@@ -52,8 +52,8 @@ class KdTraining(nn.Module):
         task = flow.flow_matching_loss(v, x0, eps)
         return {
             "task": task,
-            "output": torch.zeros_like(task) if velocity is None else output_loss(velocity.to(v), v),
-            "features": torch.zeros_like(task) if self.projector is None else feature_loss(features.to(v), self.projector(student_features)),
+            "output": torch.zeros_like(task) if velocity is None else output_loss(velocity.float(), v.float()),
+            "features": torch.zeros_like(task) if self.projector is None else feature_loss(features.float(), self.projector(student_features).float()),
         }
 
     def forward(self, sigma: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,11 +79,14 @@ class KdStage:
 
     def __init__(self, scale: str, seed: int, teacher: Path | None = None, constant: str | None = None, stored: int | None = None, t5: str | None = None):
         self.scale, self.seed, self.stored = scale, seed, stored
-        self.options = {name: str(value) for name, value in {"teacher": teacher, "constant": constant, "stored": stored, "t5": t5}.items() if value is not None}
         weights = None if constant is None else parse_weights(constant)
+        options = {"teacher": teacher, "constant": weights and f"{weights[0]:g},{weights[1]:g}", "stored": stored, "t5": t5 if t5 == "no" else None}
+        self.options = {name: str(value) for name, value in options.items() if value is not None}
         self.teacher: Teacher | None = None
         if weights != (0, 0):
             self.teacher, self.text = load_teacher(scale, teacher, t5 != "no")
+        elif teacher or stored or t5:
+            raise UserError("with --constant 0,0 there is no teacher: leave out --teacher, --stored and --t5")
         torch.manual_seed(seed)
         unet = load_unet(checkpoint_dir(scale) / "base")
         projector = None
@@ -100,6 +103,8 @@ class KdStage:
     def prepare(self) -> None:
         load_detector()  # as in stage base
         self.data  # noqa: B018
+        if self.teacher and torch.cuda.is_available():  # only now: encoding captions needs the room, and the process its own GPU
+            self.teacher, self.text = self.teacher.to("cuda"), self.text.to("cuda")
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         index = step % self.stored if self.stored else step
@@ -118,7 +123,7 @@ class KdStage:
         device = self.teacher.transformer.device
         x = flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]).to(device)
         velocity, features = self.teacher(x, flow.TIMESTEPS * batch["sigma"].to(device), context.to(device), pooled.to(device))
-        return {"velocity": velocity, "features": features}
+        return {"velocity": velocity} | ({} if self.module.projector is None else {"features": features})
 
     def stored_answers(self, path: Path, batch: dict[str, Tensor], captions: list[str]) -> dict[str, Tensor]:
         """`answers` from `path` in 16 bits; what is not there yet or is damaged is computed and written."""
@@ -126,7 +131,7 @@ class KdStage:
             return load_file(path)
         except (OSError, SafetensorError):
             pass
-        answers = {name: value.half().cpu().contiguous() for name, value in self.answers(batch, captions).items()}
+        answers = {name: (value.half() if value.dtype == torch.float32 else value).cpu().contiguous() for name, value in self.answers(batch, captions).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             save_file(answers, part)
@@ -134,16 +139,19 @@ class KdStage:
 
     @cached_property
     def folder(self) -> Path:
-        """Where answers are stored: named by the teacher's weights and by the first batch, that is by all that decides them."""
+        """Where answers are stored: named by the teacher's weights, by the first batch and by how the teacher reads it, and by
+        whether features are kept: by all that decides on the files' content."""
         batch, captions = draw_batch(self.data, self.settings.batch_size, step_generator(self.seed, 0), get_scale(self.scale).shift)
-        total = hashlib.sha256(f"{weights_digest(self.teacher)} {captions}".encode())
-        for tensor in batch.values():
-            total.update(tensor.contiguous().numpy().data)
+        total = hashlib.sha256(f"{weights_digest(self.teacher)} {captions} {self.module.projector is None}".encode())
+        for tensor in (*batch.values(), *self.text(captions)):
+            total.update(tensor.float().cpu().contiguous().numpy().data)
         return cache_dir(self.scale) / f"teacher-{total.hexdigest()[:16]}"
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
         """SceneEval at 28 guided steps, overall and by task."""
+        self.teacher = self.text = None  # their room is needed
+        torch.cuda.empty_cache()
         return evaluate_unet(self.scale, self.module.unet, images=50)
 
     def save(self, root: Path) -> list[Path]:
@@ -157,6 +165,8 @@ class KdStage:
         self.module.unet.load_state_dict(load_unet(root / "kd").state_dict())
         if self.module.projector is not None:
             projector = load_model(Projector, root / "kd_projector", "the projector of stage kd")
+            if [p.shape for p in projector.parameters()] != [p.shape for p in self.module.projector.parameters()]:
+                raise UserError("the shipped projector belongs to another teacher's features: train without --warm-start")
             self.module.projector.load_state_dict(projector.state_dict())
 
 

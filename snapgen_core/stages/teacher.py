@@ -1,4 +1,9 @@
-"""Stage `teacher`: the tiny twin of SD3.5's transformer learns the flow from the scenes that the student saw."""
+"""Stage `teacher`: the tiny twin of SD3.5's transformer learns the flow from the scenes that the student saw.
+
+Two cores are slow, so it does not begin with nothing. First it imitates the base student: that one's answer to a noisy
+latent is the same every time, where the data's depends on which picture and noise were mixed there, and so a regression on
+it needs far fewer samples. Then it learns from the data alone, and goes beyond the student.
+"""
 
 from functools import cached_property
 from pathlib import Path
@@ -9,30 +14,38 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import flow
+from ..distill import output_loss
 from ..evaluate import evaluate_teacher, load_detector
 from ..latents import load_autoencoder
+from ..paths import checkpoint_dir
+from ..pipeline import load_unet
 from ..scales import get_scale
 from ..teachers import Teacher, TwinText, build_twin, load_transformer, save_reference
 from ..text import fuse, load_text_encoders
 from ..train import TrainSettings, step_generator
+from ..unet import SnapGenUNet
 from ..weights import save_half
 from .base import TrainingSet
 
 # The text is dropped whole, for guidance, and never one encoder alone: the student has to work with any subset of them on a
 # phone (Sec. 4), its teacher always has all three. Nine of ten samples so show it the whole prompt, of the student's one in six.
 DROP_PROBABILITY = 0.1
+IMITATION = 2_500  # steps
 
 
 class TeacherTraining(nn.Module):
-    """forward(x0, eps [B,16,h,w], sigma [B], context [B,L,D], pooled [B,P]) -> (Eq. 2, figures)."""
+    """forward(x0, eps, target [B,16,h,w], sigma [B], context [B,L,D], pooled [B,P]) -> (mean squared error, figures).
+
+    Against the data's velocity, `target` = eps - x0, that is Eq. 2.
+    """
 
     def __init__(self, transformer: SD3Transformer2DModel):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x0: Tensor, eps: Tensor, target: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         v = self.transformer(flow.interpolate(x0, eps, sigma), context, pooled, flow.TIMESTEPS * sigma).sample
-        return flow.flow_matching_loss(v, x0, eps).mean(), {}
+        return output_loss(target, v).mean(), {"task": flow.flow_matching_loss(v.detach(), x0, eps).mean()}
 
 
 class TeacherData(TrainingSet):
@@ -41,7 +54,7 @@ class TeacherData(TrainingSet):
     def __init__(self, scale: str, seed: int, batch: int = 256):
         super().__init__(scale, seed)
         encoders = load_text_encoders(get_scale(scale)).to("cuda" if torch.cuda.is_available() else "cpu")
-        captions = sorted(set(self.scenes.captions), key=len)
+        captions = sorted(dict.fromkeys(self.scenes.captions), key=len)
         batches = tqdm(range(0, len(captions), batch), desc="pooled embeddings", unit="batch")
         self.pooled_rows = torch.cat([encoders.pooled(captions[first : first + batch]).cpu() for first in batches])
         self.places = {caption: row for row, caption in enumerate(captions)}
@@ -61,15 +74,21 @@ class TeacherStage:
         self.scale, self.seed = scale, seed
         torch.manual_seed(seed)
         self.module = TeacherTraining(build_twin(scale))
+        self.imitation = IMITATION
         self.settings = TrainSettings(batch_size=64, learning_rate=1e-3, steps=30_000)
 
     @cached_property
     def data(self) -> TeacherData:
         return TeacherData(self.scale, self.seed)
 
+    @cached_property
+    def student(self) -> SnapGenUNet:
+        unet = load_unet(checkpoint_dir(self.scale) / "base").requires_grad_(False)
+        return unet.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
+
     def prepare(self) -> None:
         load_detector()  # as in stage base
-        self.data  # noqa: B018
+        self.student, self.data  # noqa: B018
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         generator = step_generator(self.seed, step, rank)
@@ -79,7 +98,14 @@ class TeacherStage:
         pooled = self.data.pooled(captions).masked_fill(dropped[:, None], 0.0)
         eps = torch.randn(x0.shape, generator=generator)
         sigma = flow.sample_sigmas(len(x0), generator, get_scale(self.scale).shift)
-        return {"x0": x0, "eps": eps, "sigma": sigma, "context": context, "pooled": pooled}
+        target = self.imitate(flow.interpolate(x0, eps, sigma), sigma, context) if step < self.imitation else flow.velocity(x0, eps)
+        return {"x0": x0, "eps": eps, "target": target, "sigma": sigma, "context": context, "pooled": pooled}
+
+    @torch.no_grad()
+    def imitate(self, x_t: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """The base student's velocities."""
+        device = self.student.device
+        return self.student(x_t.to(device), flow.TIMESTEPS * sigma.to(device), context.to(device)).sample.contiguous()
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -94,4 +120,5 @@ class TeacherStage:
         return [root / self.name]
 
     def load(self, root: Path) -> None:
+        self.imitation = 0  # a shipped twin has done with it
         self.module.transformer.load_state_dict(load_transformer(root / self.name).state_dict())
