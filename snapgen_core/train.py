@@ -319,6 +319,15 @@ def _shipped_origin(stage: Stage) -> dict:
         raise UserError(f"nothing to start warm from: no readable {path}") from None
 
 
+def trained_steps(folder: Path) -> int:
+    """Steps of all trainings that led to the shipped weights in `folder`; 0 where nothing tells."""
+    path, steps = folder / "training.json", 0
+    run = json.loads(path.read_text("utf-8")) if path.exists() else None
+    while run:
+        steps, run = steps + run["steps"], run["origin"]
+    return steps
+
+
 def _trim_log(path: Path, step: int) -> None:
     """Drop the log's lines after `step`: they were written between the last checkpoint and the kill."""
     if not path.exists():

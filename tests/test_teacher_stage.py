@@ -1,5 +1,7 @@
 """Stage `teacher`: what it is shown, whom it imitates first, and what it leaves for those who load it."""
 
+import json
+
 import pytest
 import torch
 
@@ -68,13 +70,16 @@ def test_first_the_student_is_imitated_then_the_data(stage):
     assert torch.allclose(early["target"], expected, atol=1e-4)
 
 
-def test_a_warm_start_has_done_with_imitation(stage, tmp_path):
+def test_a_warm_start_goes_on_with_what_is_left_of_the_imitation(stage, tmp_path):
     stage.save(tmp_path)
+    before = {"steps": 1_000, "origin": {"steps": IMITATION - 1_003, "origin": None}}
+    (tmp_path / "teacher" / "training.json").write_text(json.dumps(before))
     warm = TeacherStage("tiny", 0)
     warm.data = stage.data
     warm.load(tmp_path)
-    batch = warm.batch(0)
-    assert torch.equal(batch["target"], batch["eps"] - batch["x0"])
+    for step, imitates in ((2, True), (3, False)):
+        batch = warm.batch(step)
+        assert torch.equal(batch["target"], batch["eps"] - batch["x0"]) != imitates
 
 
 def test_the_loss_against_the_data_is_eq_2(stage):

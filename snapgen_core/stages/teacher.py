@@ -22,7 +22,7 @@ from ..pipeline import load_unet
 from ..scales import get_scale
 from ..teachers import Teacher, TwinText, build_twin, load_transformer, save_reference
 from ..text import fuse, load_text_encoders
-from ..train import TrainSettings, step_generator
+from ..train import TrainSettings, step_generator, trained_steps
 from ..unet import SnapGenUNet
 from ..weights import save_half
 from .base import TrainingSet
@@ -30,7 +30,7 @@ from .base import TrainingSet
 # The text is dropped whole, for guidance, and never one encoder alone: the student has to work with any subset of them on a
 # phone (Sec. 4), its teacher always has all three. Nine of ten samples so show it the whole prompt, of the student's one in six.
 DROP_PROBABILITY = 0.1
-IMITATION = 2_500  # steps
+IMITATION = 6_000  # steps, those before a warm start included
 
 
 class TeacherTraining(nn.Module):
@@ -120,5 +120,5 @@ class TeacherStage:
         return [root / self.name]
 
     def load(self, root: Path) -> None:
-        self.imitation = 0  # a shipped twin has done with it
+        self.imitation = max(0, IMITATION - trained_steps(root / self.name))
         self.module.transformer.load_state_dict(load_transformer(root / self.name).state_dict())
