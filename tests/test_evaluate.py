@@ -307,13 +307,17 @@ def test_evaluate_stage_takes_a_teacher(monkeypatch):
     config = get_scale("tiny")
 
     def sample(teacher, text, captions, noise, sigmas, guidance):
-        assert (teacher.name, text, guidance, len(sigmas)) == ("teacher", "text", 2.0, 4)
+        assert (teacher.name, text.name, guidance, len(sigmas)) == ("teacher", "text", 2.0, 4)
         noises.append(noise)
         return oracle.generate(captions, [])
 
-    teacher = SimpleNamespace(name="teacher", transformer=SimpleNamespace(device=torch.device("cpu")))
+    class Part(SimpleNamespace):
+        def to(self, device):
+            return self
+
+    teacher, text = Part(name="teacher", transformer=SimpleNamespace(device=torch.device("cpu"))), Part(name="text")
     room = "snapgen_core.evaluate.sceneeval."
-    monkeypatch.setattr(room + "load_teacher", lambda scale, folder: (teacher, "text"))
+    monkeypatch.setattr(room + "load_teacher", lambda scale, folder: (teacher, text))
     monkeypatch.setattr(room + "sample", sample)
     monkeypatch.setattr(room + "decode", lambda painter, latents: latents)
     monkeypatch.setattr(room + "load_detector", lambda: oracle)

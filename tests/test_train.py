@@ -192,7 +192,8 @@ train(LineStage(pause=0.01), Path(sys.argv[1]), minutes=0.02, progress=False)
 def test_two_processes_train_as_one_and_stop_together(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*torchrun, tmp_path / "two.py", tmp_path / "run", os.path.dirname(__file__)], check=True, capture_output=True, timeout=300)
+    done = subprocess.run([*torchrun, tmp_path / "two.py", tmp_path / "run", os.path.dirname(__file__)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1)) and json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == len(steps)
     assert newest(tmp_path / "run")[1]["identity"]["world"] == 2
