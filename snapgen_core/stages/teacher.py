@@ -2,7 +2,7 @@
 
 Two cores are slow, so it does not begin with nothing. First it imitates the base student: that one's answer to a noisy
 latent is the same every time, where the data's depends on which picture and noise were mixed there, and so a regression on
-it needs far fewer samples. Then it learns from the data alone, and goes beyond the student.
+it needs fewer samples. Then it learns from the data alone, and goes beyond the student.
 """
 
 from functools import cached_property
