@@ -1,7 +1,9 @@
 """What a network costs: parameters and multiply-accumulates; and what a run did: time and memory."""
 
+import re
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -47,9 +49,12 @@ def peak_memory() -> float:
         import psutil
 
         return psutil.Process().memory_info().peak_wset / 2**30
+    if sys.platform == "linux":  # `getrusage` would begin with the peak of the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**20
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 def cost(started: float) -> str:

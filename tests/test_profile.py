@@ -5,13 +5,12 @@ import subprocess
 import sys
 import time
 
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from snapgen_core.profile import cost, count_macs, count_parameters, macs_by_module
+from snapgen_core.profile import cost, count_macs, count_parameters, macs_by_module, peak_memory
 
 
 class SelfAttention(nn.Module):
@@ -56,8 +55,10 @@ def test_macs_takes_keyword_arguments_and_leaves_no_gradients():
 
 
 def test_peak_memory_is_kept_after_the_memory_is_given_back():
-    """In a process of its own: here the tests before this one may have held more."""
+    """In a process of its own: here the tests before this one may have held more. What its parent held is not counted."""
+    held = torch.ones(2**28)
     code = "import psutil, torch; from snapgen_core.profile import peak_memory; now = psutil.Process().memory_info().rss / 2**30; torch.ones(2**27); print(peak_memory() - now)"
     grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert 0.45 < float(grown) < 0.6  # half a GiB
+    assert peak_memory() > 1 and held[-1] == 1
     assert re.fullmatch(r"this run took 2\.0 minutes and at most [\d.]+ GB of memory, with \d+ threads", cost(time.perf_counter() - 120))
