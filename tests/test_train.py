@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from snapgen_core import train as loop
+
 from snapgen_core.errors import UserError
-from snapgen_core.train import Ema, TrainSettings, step_generator, train
+from snapgen_core.train import Ema, TrainSettings, card, history, ship, step_generator, train
+from snapgen_core.train.checkpoints import checkpoints
 
 
 class Line(nn.Module):
@@ -65,6 +66,15 @@ class LineStage:
         self.module.load_state_dict(load_file(path))
 
 
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """An empty folder in place of the shipped checkpoints."""
+    folder = tmp_path / "home" / "data" / "checkpoints" / "tiny"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("SNAPGEN_HOME", str(tmp_path / "home"))
+    return folder
+
+
 def test_trains_logs_and_scores(tmp_path):
     stage = LineStage(steps=300, ema_decay=0.9)
     path = train(stage, tmp_path, progress=False)
@@ -89,7 +99,7 @@ def test_compiled_training_is_the_same_but_for_rounding(tmp_path):
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="install it, or leave out --compile"):
         train(LineStage(), tmp_path / "run", steps=1, progress=False, compile=True)
     assert not (tmp_path / "run").exists()
@@ -175,7 +185,7 @@ def test_a_time_budget_ends_with_usable_weights(tmp_path):
 
 def newest(run_dir):
     """(tensors, facts) of the newest checkpoint."""
-    folder = loop._checkpoints(run_dir)[-1]
+    folder = checkpoints(run_dir)[-1]
     return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
 
 
@@ -211,7 +221,7 @@ def test_termination_keeps_a_checkpoint(tmp_path):
     stage.batch = batch
     with pytest.raises(KeyboardInterrupt, match="after step 13"):
         train(stage, tmp_path, progress=False)
-    assert [p.name for p in loop._checkpoints(tmp_path)] == ["step-00000013"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000013"]
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -233,7 +243,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_pa
     with pytest.raises(UserError, match="gradient nan"):
         train(stage, tmp_path, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in stage.module.state_dict().items())
-    assert loop._checkpoints(tmp_path) == []
+    assert checkpoints(tmp_path) == []
 
 
 def test_data_is_made_before_the_clock_starts(tmp_path):
@@ -266,7 +276,7 @@ def test_another_runs_folder_is_refused(tmp_path):
 
 def test_damaged_checkpoint_is_one_clear_error(tmp_path):
     train(LineStage(), tmp_path, steps=2, progress=False)
-    state = loop._checkpoints(tmp_path)[-1] / "state.safetensors"
+    state = checkpoints(tmp_path)[-1] / "state.safetensors"
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot read the checkpoint"):
         train(LineStage(), tmp_path, progress=False)
@@ -284,23 +294,21 @@ def test_ema_matches_the_recursion_by_hand():
     assert ema.state["weight"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_shipping_replaces_the_folder_and_writes_a_card(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "checkpoint_dir", lambda scale: tmp_path / "shipped" / scale)
+def test_shipping_replaces_the_folder_and_writes_a_card(tmp_path, shipped):
     stage = LineStage(steps=3)
     train(stage, tmp_path / "run", progress=False)
-    stale = tmp_path / "shipped" / "tiny" / "line"
-    stale.mkdir(parents=True)
+    stale = shipped / "line"
+    stale.mkdir()
     (stale / "old").touch()
-    assert loop.ship(tmp_path / "run") == [stale]
+    assert ship(tmp_path / "run") == [stale]
     assert {path.name for path in stale.iterdir()} == {"CARD.md", "model.safetensors", "training.json"} and list(stale.parent.iterdir()) == [stale]
     text = (stale / "CARD.md").read_text()
     assert "snapgen train line --scale tiny --seed 0 --steps 3" in text and "| mse |" in text
 
 
-def test_warm_start_begins_with_the_shipped_weights_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "checkpoint_dir", lambda scale: tmp_path / "shipped" / scale)
+def test_warm_start_begins_with_the_shipped_weights_and_says_so(tmp_path, shipped):
     train(LineStage(steps=200), tmp_path / "first", progress=False)
-    loop.ship(tmp_path / "first")
+    ship(tmp_path / "first")
     train(LineStage(seed=1), tmp_path / "cold", steps=1, progress=False)
     train(LineStage(seed=1), tmp_path / "warm", steps=1, progress=False, warm_start=True)
     cold, warm = (json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0]) for run in ("cold", "warm"))
@@ -310,23 +318,22 @@ def test_warm_start_begins_with_the_shipped_weights_and_says_so(tmp_path, monkey
     assert resumed.loaded
     result = json.loads((tmp_path / "warm" / "result.json").read_text())
     assert result["command"].endswith("--steps 3 --warm-start") and result["origin"]["steps"] == 200
-    curve = loop.history(result)
+    curve = history(result)
     assert len(result["losses"]) == 3 and len(result["origin"]["losses"]) == 20  # 3 steps after 200
     assert [samples for samples, _ in curve[:2] + curve[-3:]] == [80, 240, 3208, 3224, 3240]
     log = [json.loads(line)["loss"] for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
     assert curve[1][1] == pytest.approx(sum(log[10:20]) / 10, abs=1e-5)
-    assert "| before that | `snapgen train line --scale tiny --seed 0 --steps 200`" in loop.card("line", result)
+    assert "| before that | `snapgen train line --scale tiny --seed 0 --steps 200`" in card("line", result)
 
 
-def test_warm_start_needs_shipped_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "checkpoint_dir", lambda scale: tmp_path)
+def test_warm_start_needs_shipped_weights(tmp_path, shipped):
     with pytest.raises(UserError, match="cannot load"):
         train(LineStage(), tmp_path / "run", warm_start=True, progress=False)
 
 
 def test_old_checkpoints_are_dropped(tmp_path):
     train(LineStage(), tmp_path, save_every=0.0, progress=False)
-    assert [p.name for p in loop._checkpoints(tmp_path)] == ["step-00000029", "step-00000030"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000029", "step-00000030"]
 
 
 def test_step_generators_differ():

@@ -1,0 +1,8 @@
+"""Training: one loop for every stage, and the records that it keeps."""
+
+from .checkpoints import Ema
+from .loop import train
+from .records import card, history, ship, trained_steps, trainings
+from .stage import Stage, TrainSettings, step_generator
+
+__all__ = ["Ema", "Stage", "TrainSettings", "card", "history", "ship", "step_generator", "train", "trained_steps", "trainings"]
