@@ -1,11 +1,12 @@
 """Multi-level knowledge distillation with timestep-aware scaling (Sec. 3.3, Eq. 4-8).
 
 Losses are kept for each sample, [B], until the very end: every sample has a timestep of its own, and Eq. 7 weighs by it.
-As in `flow.flow_matching_loss` the norms are means over elements, which only rescales a loss. Where one task loss stands
-beside another, Eq. 7 takes that out again.
+As in `flow.flow_matching_loss` the norms are means over elements, which only rescales a loss; Eq. 7 takes the scale of a
+distillation loss out again.
 
-Two readings are ours, where Eq. 7 says no more than L^t: t is the timestep before the time shift, the one that is
-logit-normal; and the magnitudes in the ratio are those of each sample, not means over the samples near t.
+Three readings are ours, where the paper leaves room. In Eq. 7, t is the timestep before the time shift, the one that is
+logit-normal; and the magnitudes in the ratio are those of each sample, not means over the samples near t. In Eq. 5, the
+"last layer" of a UNet is the last transformer of its lowest resolution, where most of its transformers are.
 """
 
 import torch

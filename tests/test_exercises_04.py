@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from snapgen_core.distill import scaled, task_weight
-from snapgen_core.exercises import check_binned_ratio, check_half_weight, check_scaled
+from snapgen_core.distill import task_weight
+from snapgen_core.exercises import check_binned_ratio, check_half_weight, check_teachers_share
 
 
 def test_where_data_and_teacher_weigh_the_same():
@@ -26,31 +26,28 @@ def ratio(task, kd):
     return (task / kd).detach()
 
 
-SCALED = [
-    (lambda task, kd, t: None, "no answer so far"),
-    (lambda task, kd, t: 1 / 0, "ZeroDivisionError"),
-    (lambda task, kd, t: task, "one number"),
-    (lambda task, kd, t: (task_weight(t) * task + (1 - task_weight(t)) * kd).mean(), "ratio of the losses is missing"),
-    (lambda task, kd, t: (task_weight(t) * task + (1 - task_weight(t)) * (task.mean() / kd.mean()).detach() * kd).mean(), "a timestep of its own"),
-    (lambda task, kd, t: 8 * scaled(task, kd, t), "not the sum"),
-    (lambda task, kd, t: scaled(task, kd, t) + 1, "how large must the whole be"),
-    (lambda task, kd, t: scaled(task, kd, t).detach(), "carries no gradient"),
-    (lambda task, kd, t: (task_weight(t) * task + (1 - task_weight(t)) * task / kd * kd).mean(), "cancels the loss"),
-    (lambda task, kd, t: ((1 - task_weight(t)) * task + task_weight(t) * ratio(task, kd) * kd).mean(), "exchanged"),
-    (lambda task, kd, t: (task_weight(t) * task + (1 - task_weight(t)) * task / kd.detach() * kd).mean(), "its gradient is not"),
-    (lambda task, kd, t: (task_weight(t) * task.detach() + (1 - task_weight(t)) * ratio(task, kd) * kd).mean(), "its gradient is not"),
-]
+def shares(t):
+    return (task_weight(t) < 0.5).float().mean().item(), (1 - task_weight(t)).mean().item()
 
 
-@pytest.mark.parametrize(("answer", "hint"), SCALED, ids=[hint for _, hint in SCALED])
-def test_mistakes_in_eq_7(answer, hint):
-    verdict = check_scaled(answer)
-    assert not verdict and hint in verdict.message, verdict
-
-
-def test_eq_7():
-    assert check_scaled(scaled) and check_scaled(lambda task, kd, t: scaled(task.double(), kd.double(), t.double()))
-    assert check_scaled(lambda task, kd, t: (task_weight(t) * task + (1 - task_weight(t)) * ratio(task, kd) * kd).mean())
+def test_how_much_the_teacher_says():
+    drawn = torch.sigmoid(torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)))
+    share, weight = shares(drawn)
+    assert check_teachers_share(share, weight) and check_teachers_share(f"{share:.2f}", torch.tensor(weight))
+    mistakes = [
+        (shares(torch.linspace(0, 1, 100_001)), "drawn evenly"),
+        (shares(3 * drawn / (1 + 2 * drawn)), "before the shift"),
+        ((1 - share, 1 - weight), "for the teacher"),
+        ((share, 0.5), "the weight is not"),
+        ((0.5, weight), "the share is not"),
+        ((0.9, 0.9), "not these"),
+        ((math.nan, math.nan), "not these"),
+        (("a", 1), "two numbers"),
+        ((..., weight), "no answer so far"),
+    ]
+    for answer, hint in mistakes:
+        verdict = check_teachers_share(*answer)
+        assert not verdict and hint in verdict.message, (answer, verdict)
 
 
 def binned(task, kd, t, bins, of_means=True, detach=True):

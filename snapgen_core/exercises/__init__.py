@@ -2,7 +2,7 @@
 
 from .efficient_unet import check_design, check_layer_macs, check_separable
 from .flow_matching import check_endpoints, check_heun, check_share_above
-from .knowledge_distillation import check_binned_ratio, check_half_weight, check_scaled
+from .knowledge_distillation import check_binned_ratio, check_half_weight, check_teachers_share
 from .start_here import check_fusion, check_judge, check_numbers
 from .tiny_decoder import check_decoder_design, check_reach, check_residual
 from .verdict import Verdict
@@ -21,7 +21,7 @@ __all__ = [
     "check_numbers",
     "check_reach",
     "check_residual",
-    "check_scaled",
     "check_separable",
     "check_share_above",
+    "check_teachers_share",
 ]

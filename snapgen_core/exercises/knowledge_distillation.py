@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import flow
 from ..distill import task_weight
 from .verdict import UNANSWERED, Verdict, call, close, right, wrong
 
 
 def check_half_weight(answer: float) -> Verdict:
-    """04, exercise 1: the lower t at which data and teacher weigh the same, lambda(t) = 1/2."""
+    """04, exercise 1: the lower t at which data and teacher have equal weight, lambda(t) = 1/2."""
     if answer is None or answer is ...:
         return UNANSWERED
     try:
@@ -33,43 +34,44 @@ def check_half_weight(answer: float) -> Verdict:
     return wrong("not there. Plot `task_weight` over t, or search: it rises all the way from t = 0 to t = 1/2.")
 
 
+def check_teachers_share(share: float, weight: float) -> Verdict:
+    """04, exercise 2: the share of training samples in which the teacher weighs more than the data, and the teacher's mean
+    weight over training samples."""
+    if share is ... or weight is ... or share is None or weight is None:
+        return UNANSWERED
+    try:
+        answer = torch.tensor([float(share), float(weight)])
+    except (TypeError, ValueError):
+        return wrong("two numbers between 0 and 1, please.")
+    even = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    drawn = torch.sigmoid(torch.special.ndtri(even))  # quantiles of the logit-normal
+
+    def both(t: Tensor) -> Tensor:
+        lam = task_weight(t)
+        return torch.stack([(lam < 0.5).double().mean(), (1 - lam).mean()]).float()
+
+    def near(expected: Tensor) -> bool:
+        return bool((answer - expected).abs().max() < 0.01)
+
+    if near(both(drawn)):
+        return right("where training looks most often it listens to the data. The teacher leads at the ends, and these are rare.")
+    if near(both(even)):
+        return wrong("those are the figures for timesteps drawn evenly. Training draws them logit-normal: `flow.sample_sigmas(n, shift=1.0)`.")
+    if near(both(flow.time_shift(drawn, 3.0))):
+        return wrong("you put shifted noise levels into lambda. It belongs to the timestep before the shift.")
+    if near(1 - both(drawn)):
+        return wrong("those are the data's. What is left for the teacher?")
+    first, second = ((answer - both(drawn)).abs() < 0.01).tolist()
+    if first or second:
+        return wrong("the weight is right, the share is not: count the samples where lambda < 1/2." if second else "the share is right, the weight is not: the mean of 1 - lambda over all samples.")
+    return wrong("not these. Draw many timesteps, and look at `task_weight` of each.")
+
+
 def _losses(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Task and distillation losses [8] that carry gradients, and timesteps [8]."""
     generator = torch.Generator().manual_seed(seed)
     task, distillation = (0.1 + torch.rand(8, generator=generator) for _ in range(2))
     return task.requires_grad_(), (5 * distillation).requires_grad_(), torch.rand(8, generator=generator)
-
-
-def check_scaled(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
-    """04, exercise 2: answer(task [B], distillation [B], t [B]) is S of Eq. 7, a scalar."""
-    for seed in range(3):
-        task, distillation, t = _losses(seed)
-        value, failed = call(answer, task, distillation, t)
-        if failed is not None:
-            return failed
-        if not isinstance(value, Tensor) or value.ndim:
-            return wrong("return one number: the mean over the samples.")
-        weight = task_weight(t)
-        expected = task.detach().mean()
-        if not close(value, expected):
-            if close(value, (weight * task + (1 - weight) * distillation).mean()):
-                return wrong("the ratio of the losses is missing: the two are not on one scale yet.")
-            if close(value, (weight * task + (1 - weight) * task.mean() / distillation.mean() * distillation).mean()):
-                return wrong("the ratio is that of the batch's means. Each sample has a timestep of its own.")
-            if close(value, 8 * expected):
-                return wrong("the mean over the samples, not the sum.")
-            return wrong("the value is not right. Once the losses are on one scale, how large must the whole be?")
-        if not value.requires_grad:
-            return wrong("the value is right, but it carries no gradient: only the ratio is to be detached.")
-        gradients = [torch.zeros(8) if g is None else g for g in torch.autograd.grad(value, (task, distillation), allow_unused=True)]
-        wanted = weight / 8, (1 - weight) * (task / distillation).detach() / 8
-        if close(gradients[1], torch.zeros(8)):
-            return wrong("the value is right, but the distillation loss gets no gradient. The ratio has to be detached, or it cancels the loss that it scales.")
-        if close(gradients[1], weight * (task / distillation).detach() / 8):
-            return wrong("the weights are exchanged: lambda belongs to the task.")
-        if not all(close(got, need) for got, need in zip(gradients, wanted)):
-            return wrong("the value is right, its gradient is not. Detach the ratio, numerator and denominator, and nothing else.")
-    return right("the value is the task loss alone, whatever the teacher says; the teacher speaks through the gradient.")
 
 
 def check_binned_ratio(answer: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Verdict:
@@ -90,7 +92,7 @@ def check_binned_ratio(answer: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
             return wrong("that is the batch's ratio. Timesteps differ in both losses: go bin by bin.")
         means = torch.stack([(task / distillation)[places == place].mean() for place in places]).detach()
         if close(value, means) and not close(value, expected):
-            return wrong("that is the mean of the ratios. A sample that the student already draws as its teacher would make it explode; take the ratio of the means.")
+            return wrong("that is the mean of the ratios. One sample on which student and teacher nearly agree would rule it; take the ratio of the means.")
         if not close(value, expected):
             return wrong(f"with {bins} bins the ratios are not right. Which bin is t in? int(t * bins).")
         if value.requires_grad:

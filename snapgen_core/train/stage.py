@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What the loop needs to know. Betas and weight decay follow Supplement G. Ours are: the learning rate, set per stage
-    (the paper's 5e-5 belongs to a total batch of 1024 and a long run), and with higher rates than the paper's a warm-up
-    and clipped gradients; Supplement G names neither, nor a decay of the average."""
+    """What the loop needs to know. Betas, weight decay and the average's decay follow Supplement G. Ours are the learning
+    rate, set per stage (the paper's 5e-5 belongs to a total batch of 1024 and a long run), and, for higher rates than the
+    paper's, a warm-up and clipped gradients."""
 
     batch_size: int  # over all processes
     learning_rate: float
