@@ -1,7 +1,5 @@
 """Stage `teacher`: what it is shown, whom it imitates first, and what it leaves for those who load it."""
 
-import json
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ from snapgen_core.errors import UserError
 from snapgen_core.paths import checkpoint_dir
 from snapgen_core.pipeline import load_unet
 from snapgen_core.scales import SCALES
-from snapgen_core.stages.teacher import DROP_PROBABILITY, IMITATION, TeacherStage
+from snapgen_core.stages.teacher import DETAIL, DROP_PROBABILITY, IMITATION, TeacherStage
 from snapgen_core.teachers import load_teacher
 from snapgen_core.text import fuse, load_text_encoders
 
@@ -60,30 +58,33 @@ def test_the_text_is_dropped_whole(stage):
     assert abs((~reads).float().mean().item() - DROP_PROBABILITY) < 4 * (DROP_PROBABILITY * 0.9 / count) ** 0.5
 
 
-def test_first_the_student_is_imitated_then_the_data(stage):
-    late = stage.batch(IMITATION)
-    assert torch.equal(late["target"], late["eps"] - late["x0"])
-    early = {name: value[:4] for name, value in stage.batch(IMITATION - 1).items()}
+def answers_of_student(batch):
     student = load_unet(checkpoint_dir("tiny") / "base")
     with torch.no_grad():
-        expected = student(flow.interpolate(early["x0"], early["eps"], early["sigma"]), 1000 * early["sigma"], early["context"]).sample
-    assert torch.allclose(early["target"], expected, atol=1e-4)
+        return student(flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]), 1000 * batch["sigma"], batch["context"]).sample
 
 
-def test_a_warm_start_goes_on_with_what_is_left_of_the_imitation(stage, tmp_path):
-    stage.save(tmp_path)
-    before = {"steps": 1_000, "origin": {"steps": IMITATION - 1_003, "origin": None}}
-    (tmp_path / "teacher" / "training.json").write_text(json.dumps(before))
+def test_first_the_student_is_imitated_then_the_data_decide_what_is_where(stage):
+    early, late = stage.batch(IMITATION - 1), stage.batch(IMITATION)
+    assert torch.allclose(early["target"], answers_of_student(early), atol=1e-4)
+    noisy = late["sigma"] >= DETAIL
+    assert 0.2 < noisy.float().mean() < 0.9
+    assert torch.equal(late["target"][noisy], (late["eps"] - late["x0"])[noisy])
+    assert torch.allclose(late["target"][~noisy], answers_of_student(late)[~noisy], atol=1e-4)
+
+
+def test_a_warm_start_goes_on_with_what_is_left_of_the_imitation(stage):
     warm = TeacherStage("tiny", 0)
-    warm.data = stage.data
-    warm.load(tmp_path)
+    warm.data, warm.before = stage.data, IMITATION - 3
     for step, imitates in ((2, True), (3, False)):
         batch = warm.batch(step)
-        assert torch.equal(batch["target"], batch["eps"] - batch["x0"]) != imitates
+        noisy = batch["sigma"] >= DETAIL
+        assert torch.equal(batch["target"][noisy], (batch["eps"] - batch["x0"])[noisy]) != imitates
 
 
 def test_the_loss_against_the_data_is_eq_2(stage):
     batch = {name: value[:4] for name, value in stage.batch(IMITATION).items()}
+    batch["target"] = batch["eps"] - batch["x0"]
     loss, figures = TeacherStage("tiny", 0).module(**batch)
     assert loss.item() == pytest.approx((batch["eps"] - batch["x0"]).square().mean().item(), rel=1e-5)  # a new twin says zero
     assert figures["task"].item() == pytest.approx(loss.item(), rel=1e-5) and not figures["task"].requires_grad

@@ -2,7 +2,8 @@
 
 Two cores are slow, so it does not begin with nothing. First it imitates the base student: that one's answer to a noisy
 latent is the same every time, where the data's depends on which picture and noise were mixed there, and so a regression on
-it needs fewer samples. Then it learns from the data alone, and goes beyond the student.
+it needs fewer samples. Then, where the scene has to be made out of noise, it learns from the data, and goes beyond the
+student; where the scene stands and only detail is missing, the student's answers go on to serve.
 """
 
 from functools import cached_property
@@ -22,7 +23,7 @@ from ..pipeline import load_unet
 from ..scales import get_scale
 from ..teachers import Teacher, TwinText, build_twin, load_transformer, save_reference
 from ..text import fuse, load_text_encoders
-from ..train import TrainSettings, step_generator, trained_steps
+from ..train import TrainSettings, step_generator
 from ..unet import SnapGenUNet
 from ..weights import save_half
 from .base import TrainingSet
@@ -31,6 +32,7 @@ from .base import TrainingSet
 # phone (Sec. 4), its teacher always has all three. Nine of ten samples so show it the whole prompt, of the student's one in six.
 DROP_PROBABILITY = 0.1
 IMITATION = 6_000  # steps, those before a warm start included
+DETAIL = 2 / 3  # noise levels below this are the student's for good: what is where has been decided above it
 
 
 class TeacherTraining(nn.Module):
@@ -74,7 +76,7 @@ class TeacherStage:
         self.scale, self.seed = scale, seed
         torch.manual_seed(seed)
         self.module = TeacherTraining(build_twin(scale))
-        self.imitation = IMITATION
+        self.before = 0  # see `Stage`
         self.settings = TrainSettings(batch_size=64, learning_rate=1e-3, steps=30_000)
 
     @cached_property
@@ -98,14 +100,16 @@ class TeacherStage:
         pooled = self.data.pooled(captions).masked_fill(dropped[:, None], 0.0)
         eps = torch.randn(x0.shape, generator=generator)
         sigma = flow.sample_sigmas(len(x0), generator, get_scale(self.scale).shift)
-        target = self.imitate(flow.interpolate(x0, eps, sigma), sigma, context) if step < self.imitation else flow.velocity(x0, eps)
+        target = flow.velocity(x0, eps)
+        imitates = (sigma < DETAIL) | (self.before + step < IMITATION)
+        target[imitates] = self.imitate(flow.interpolate(x0, eps, sigma)[imitates], sigma[imitates], context[imitates])
         return {"x0": x0, "eps": eps, "target": target, "sigma": sigma, "context": context, "pooled": pooled}
 
     @torch.no_grad()
     def imitate(self, x_t: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         """The base student's velocities."""
         device = self.student.device
-        return self.student(x_t.to(device), flow.TIMESTEPS * sigma.to(device), context.to(device)).sample.contiguous()
+        return self.student(x_t.to(device), flow.TIMESTEPS * sigma.to(device), context.to(device)).sample.contiguous().cpu()
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -120,5 +124,4 @@ class TeacherStage:
         return [root / self.name]
 
     def load(self, root: Path) -> None:
-        self.imitation = max(0, IMITATION - trained_steps(root / self.name))
         self.module.transformer.load_state_dict(load_transformer(root / self.name).state_dict())

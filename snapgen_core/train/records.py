@@ -20,12 +20,6 @@ def trainings(result: dict) -> list[dict]:
     return runs
 
 
-def trained_steps(folder: Path) -> int:
-    """Steps of all trainings that led to the shipped weights in `folder`; 0 where nothing tells."""
-    path = folder / "training.json"
-    return sum(run["steps"] for run in trainings(json.loads(path.read_text("utf-8")))) if path.exists() else 0
-
-
 def shipped_origin(stage: Stage) -> dict:
     """How the shipped weights were made."""
     path = checkpoint_dir(stage.scale) / stage.name / "training.json"

@@ -32,6 +32,7 @@ class Stage(Protocol):
     seed: int
     settings: TrainSettings
     options: dict[str, str]  # of `snapgen train`, beside seed and scale, that decide on the batches: {"data": FOLDER}
+    before: int  # steps of the trainings whose weights a warm start began with; the loop sets it
     module: nn.Module  # all that is trained; forward(**batch) returns (loss, {figure: scalar tensor})
 
     def prepare(self) -> None:
