@@ -63,7 +63,30 @@ class Teacher(nn.Module):
         velocity = self.transformer(x.to(kind), context.to(kind), pooled.to(kind), timestep).sample
         tokens, size = self._tokens, self.feature_size(x.shape[-1])
         del self._tokens  # at paper scale 20 MB a picture
-        return velocity, tokens.transpose(1, 2).unflatten(2, size[1:])
+        return velocity, _as_map(tokens, size)
+
+    def block_features(self, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Features [B,D,h/p,w/p] behind the blocks of these numbers: what the discriminator of Eq. 9 judges by. Gradients
+        reach x; the weights stay as they are."""
+        found: dict[int, Tensor] = {}
+
+        def keep(number: int):
+            return lambda block, inputs, outputs: found.update({number: outputs[1]})
+
+        hooks = [self.transformer.transformer_blocks[number].register_forward_hook(keep(number)) for number in blocks]
+        try:
+            kind = self.transformer.dtype
+            self.transformer(x.to(kind), context.to(kind), pooled.to(kind), timestep)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        del self._tokens
+        return [_as_map(found[number], self.feature_size(x.shape[-1])) for number in blocks]
+
+
+def _as_map(tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Tokens [B,N,D] as a map [B,D,H,W] of `size` (D, H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, size[1:])
 
 
 def build_twin(scale: str) -> SD3Transformer2DModel:

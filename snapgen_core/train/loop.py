@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
@@ -28,7 +29,7 @@ from ..memory import keep_freed_memory
 from ..paths import checkpoint_dir
 from .checkpoints import Ema, load_checkpoint, restore, save_checkpoint
 from .records import loss_curve, shipped_origin, trainings, trim_log
-from .stage import Stage
+from .stage import Stage, TrainSettings
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     bare.to(accelerator.device).train()
     if compile:
         bare.compile()
-    optimizer = torch.optim.AdamW((p for p in bare.parameters() if p.requires_grad), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(_groups(bare, settings), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
     ema = Ema(bare, settings.ema_decay)
     start, trained_minutes = restore(run_dir, resumed, bare, ema, optimizer) if resumed else (0, 0.0)
     if accelerator.is_main_process:
@@ -117,7 +118,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     with _stop_signals() as stopped, bar:
         while step < total and not stop:
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+                group["lr"] = group["rate"] * min(1.0, (step + 1) / max(1, settings.warmup_steps))
             batch = stage.batch(step, rank, world)
             with accelerator.autocast():
                 loss, figures = module(**{key: value.to(accelerator.device) for key, value in batch.items()})
@@ -129,7 +130,8 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
             broken = not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]))
             broken, stop = _in_any_process(accelerator, broken, bool(stopped) or (minutes is not None and seconds >= 60 * minutes))
             if broken:
-                raise UserError(f"the loss is {figures['loss']} at step {step + 1} and its gradient {figures['grad_norm']}: training stopped; the last good checkpoint in {run_dir} is kept")
+                wrong = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)) or "another process has"
+                raise UserError(f"not finite at step {step + 1}: {wrong}; training stopped, the last good checkpoint in {run_dir} is kept")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -145,6 +147,17 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     if stopped:
         raise KeyboardInterrupt(f"stopped after step {step}; the same command resumes from {run_dir}")
     return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60, origin, compile)
+
+
+def _groups(module: nn.Module, settings: TrainSettings) -> list[dict]:
+    """The trained parameters, a group for each learning rate. One without a gradient in a step (the other player's turn, in
+    an adversarial stage) is left as it is, moments included: one AdamW so serves as an optimiser for each player."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            rate = next((rate for beginning, rate in settings.rates if name.startswith(beginning)), settings.learning_rate)
+            groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "rate": rate} for rate, parameters in groups.items()]
 
 
 def _in_any_process(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
