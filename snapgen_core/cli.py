@@ -15,7 +15,7 @@ from .errors import UserError
 from .scales import PICTURE_DECODERS, PICTURE_STAGES
 from .threads import cap_threads
 
-TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "teacher", "kd", "ablation")
+TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "teacher", "kd", "turbo", "ablation")
 BENCHMARKS = ("unet", "chain", "decoder", "kd")
 LONGEST_LINE = 300
 
@@ -138,7 +138,7 @@ def _add_evaluate(commands) -> None:
                           help="pictures for each of the six tasks, and half as many for each of the four held-out "
                                "ones; at least 2 (default: 20)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file, and which pictures were right")
-    _add_sampling(evaluate, others=("teacher",))
+    _add_sampling(evaluate, others=("teacher", "turbo"))
 
 
 def _add_prepare(commands) -> None:

@@ -4,7 +4,7 @@ A teacher shares the student's latents and its flow: it answers the same x_t at 
 text encoders of its own, and a prompt "" is its unconditional one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -236,14 +236,22 @@ def check_teacher(teacher: Teacher, text: TeacherText, reference: Tensor, scale:
 # ------------------------------------------------------------------------------------------------- drawing
 
 
+def guided_velocity(teacher: Teacher, context: Tensor, pooled: Tensor, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The field v(x [B,C,h,w], sigma) of prompts, guided; context [2B,L,D] and pooled [2B,P] begin with the unconditional
+    prompt's. Guidance 1 asks for the prompts alone."""
+    guided = guidance != 1
+    if not guided:
+        context, pooled = context.chunk(2)[1], pooled.chunk(2)[1]
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        stacked = torch.cat([x, x]) if guided else x
+        v = teacher(stacked, (flow.TIMESTEPS * sigma).to(x.device).expand(len(stacked)), context, pooled)[0].to(x.dtype)
+        return flow.guide(*v.chunk(2), guidance) if guided else v
+
+    return velocity
+
+
 @torch.no_grad()
 def sample(teacher: Teacher, text: TeacherText, prompts: Sequence[str], noise: Tensor, sigmas: Tensor, guidance: float) -> Tensor:
     """Latents of `prompts` drawn by the teacher itself, by Eq. 3 from `noise` [B,C,h,w], guided by the unconditional prompt."""
-    context, pooled = text([*[""] * len(prompts), *prompts])
-
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        timestep = (flow.TIMESTEPS * sigma).to(x.device).expand(2 * len(x))
-        v, _ = teacher(torch.cat([x, x]), timestep, context, pooled)
-        return flow.guide(*v.to(x.dtype).chunk(2), guidance)
-
-    return flow.sample(velocity, noise, sigmas)
+    return flow.sample(guided_velocity(teacher, *text([*[""] * len(prompts), *prompts]), guidance), noise, sigmas)

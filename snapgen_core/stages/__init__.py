@@ -42,6 +42,12 @@ def _kd(scale: str, seed: int, **options) -> Stage:
     return KdStage(scale, seed, **options)
 
 
+def _turbo(scale: str, seed: int) -> Stage:
+    from .turbo import TurboStage
+
+    return TurboStage(scale, seed)
+
+
 def _ablation(scale: str, seed: int) -> Stage:
     from .ablation import AblationStage
 
@@ -84,6 +90,7 @@ STAGES: dict[str, Callable[..., Stage]] = {
     "base": _base,
     "teacher": _teacher,
     "kd": _kd,
+    "turbo": _turbo,
     "ablation": _ablation,
 }
 OPTIONS = {"decoder": ("data", "perceptual"), "kd": ("teacher", "constant", "stored", "t5")}  # what a stage takes beside these two
