@@ -15,7 +15,7 @@ from .errors import UserError
 from .scales import PICTURE_DECODERS, PICTURE_STAGES
 from .threads import cap_threads
 
-TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "teacher", "kd", "turbo", "ablation")
+TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "teacher", "kd", "turbo", "distilled", "ablation")
 BENCHMARKS = ("unet", "chain", "decoder", "kd")
 LONGEST_LINE = 300
 
@@ -105,12 +105,13 @@ def _add_train(commands) -> None:
     train.add_argument("--perceptual", metavar="{lite0,lpips}",
                        help="what the perceptual loss looks through (stage decoder only; default: lite0 at tiny, or else lpips)")
     train.add_argument("--teacher", type=Path, metavar="FOLDER",
-                       help="a teacher in place of the scale's own: a twin of RUN_DIR/weights/teacher, or from small on an SD3.5 pipeline (stage kd only)")
+                       help="a teacher in place of the scale's own: a twin of RUN_DIR/weights/teacher, or from small on an SD3.5 pipeline (stages kd and distilled)")
     train.add_argument("--constant", metavar="L1,L2",
                        help="the constant weights of Eq. 6 in place of timestep-aware scaling; 0,0 trains without a teacher (stage kd only)")
     train.add_argument("--stored", type=_number(int, 1, 10**9), metavar="N",
                        help="keep the teacher's answers to the first N batches on disk and go round these (stage kd only)")
-    train.add_argument("--t5", choices=("yes", "no"), help="whether SD3.5 reads with its T5, too, 10 GB of memory (stage kd only; default: yes, where it is at hand)")
+    train.add_argument("--t5", choices=("yes", "no"), help="whether SD3.5 reads with its T5, too, 10 GB of memory (stages kd and distilled; default: yes, where it is at hand)")
+    train.add_argument("--only", choices=("adversarial", "kd"), help="leave out the other half of Eq. 9 (stage distilled only)")
     train.add_argument("--warm-start", action="store_true",
                        help="begin with the shipped weights (a run that resumes goes on with its own)")
     train.add_argument("--compile", action="store_true",

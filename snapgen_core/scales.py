@@ -12,7 +12,7 @@ class Scale:
     Image and latent sizes in pixels; token counts and widths are those of the fused text context (Sec. 4).
     `autoencoder` holds `AutoencoderKL` arguments where the autoencoder is trained here, `hub` the repository where
     pretrained parts come from. So for the teacher: `teacher` holds `SD3Transformer2DModel` arguments, or `teacher_hub` the
-    repository.
+    repository, and `turbo_hub` that of the few-step teacher.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Scale:
     hub: str | None = None
     teacher: dict | None = None
     teacher_hub: str | None = None
+    turbo_hub: str | None = None
 
     @property
     def latent_size(self) -> int:
@@ -65,11 +66,12 @@ _TINY_TEACHER = dict(
 
 _SD35 = "stabilityai/stable-diffusion-3.5-medium"
 _SD35_LARGE = "stabilityai/stable-diffusion-3.5-large"
+_SD35_TURBO = "stabilityai/stable-diffusion-3.5-large-turbo"
 
 SCALES = {
     "tiny": Scale("tiny", image_size=64, clip_tokens=24, lm_tokens=24, context_dim=384, autoencoder=_TINY_AUTOENCODER, teacher=_TINY_TEACHER),
-    "small": Scale("small", image_size=256, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35, teacher_hub=_SD35),
-    "paper": Scale("paper", image_size=1024, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35, teacher_hub=_SD35_LARGE),
+    "small": Scale("small", image_size=256, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35, teacher_hub=_SD35, turbo_hub=_SD35_TURBO),
+    "paper": Scale("paper", image_size=1024, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35, teacher_hub=_SD35_LARGE, turbo_hub=_SD35_TURBO),
 }
 SCALE_NAMES = tuple(SCALES)
 PICTURE_STAGES = ("base", "kd")  # students that draw; a later chapter adds distilled

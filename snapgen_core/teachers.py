@@ -19,7 +19,7 @@ from . import flow
 from .errors import UserError, reason
 from .latents import encode, load_autoencoder
 from .paths import checkpoint_dir
-from .scales import Scale, get_scale
+from .scales import get_scale
 from .text import TextEncoders, load_encoder, load_text_encoders
 from .weights import load_model
 
@@ -142,8 +142,8 @@ class SD35Text:
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def load_teacher(scale: str, folder: Path | None = None, t5: bool = True) -> tuple[Teacher, TeacherText]:
-    """The teacher of `scale`, frozen, and what reads prompts for it; both on the CPU.
+def load_teacher(scale: str, folder: Path | None = None, t5: bool = True, few_steps: bool = False) -> tuple[Teacher, TeacherText]:
+    """The teacher of `scale`, or its few-step teacher, frozen, and what reads prompts for it; both on the CPU.
 
     At `tiny` the twin (fp32) that ships or that is in `folder`; else SD3.5 in bf16 from the hub, or from a pipeline's
     folder with `transformer`, `vae`, `text_encoder`, ...; its T5 is left out where the folder has none or `t5` is False.
@@ -155,12 +155,13 @@ def load_teacher(scale: str, folder: Path | None = None, t5: bool = True) -> tup
     if config.teacher:
         if not t5:
             raise UserError(f"the teacher of scale {scale} has no T5")
-        folder = Path(folder or checkpoint_dir(scale) / "teacher")
-        transformer, reference = load_transformer(folder), _load_reference(folder)
+        stage = "turbo" if few_steps else "teacher"
+        folder = Path(folder or checkpoint_dir(scale) / stage)
+        transformer, reference = load_transformer(folder, stage), _load_reference(folder)
         text = TwinText(load_text_encoders(config))
     else:
         t5 = t5 and (folder is None or (Path(folder) / "text_encoder_3").is_dir())
-        place = _pipeline_place(config, folder, t5)
+        place = _pipeline_place(config.turbo_hub if few_steps else config.teacher_hub, folder, t5)
         transformer = load_model(SD3Transformer2DModel, place, f"the teacher in {place}", dtype=torch.bfloat16, subfolder="transformer")
         reference = reference_latents(load_model(AutoencoderKL, place, f"the autoencoder in {place}", subfolder="vae"))
         text = _load_sd35_text(place, transformer, t5)
@@ -169,16 +170,16 @@ def load_teacher(scale: str, folder: Path | None = None, t5: bool = True) -> tup
     return teacher, text
 
 
-def load_transformer(folder: Path) -> SD3Transformer2DModel:
-    """A twin that `snapgen train teacher` made, fp32. Raises UserError where there is none, or no sound one."""
+def load_transformer(folder: Path, stage: str = "teacher") -> SD3Transformer2DModel:
+    """A twin that `snapgen train STAGE` made, fp32. Raises UserError where there is none, or no sound one."""
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"no teacher in {folder}: train one with `snapgen train teacher` and --ship it")
+        raise UserError(f"no {stage} in {folder}: train one with `snapgen train {stage}` and --ship it")
     return load_model(SD3Transformer2DModel, folder, f"the teacher in {folder}")
 
 
-def _pipeline_place(config: Scale, folder: Path | None, t5: bool) -> str:
+def _pipeline_place(hub: str, folder: Path | None, t5: bool) -> str:
     if folder is None:
-        return config.teacher_hub
+        return hub
     for name in ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", *["tokenizer_3"] * t5):
         if not (Path(folder) / name).is_dir():
             raise UserError(f"no teacher in {folder}: it has no {name}; a teacher is a whole SD3.5 pipeline, as save_pretrained writes it")

@@ -175,9 +175,8 @@ def evaluate_stage(
 
     if stage in ("teacher", "turbo"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if stage == "turbo" and folder is None and get_scale(scale).teacher:
-            folder = checkpoint_dir(scale) / "turbo"
-        report = evaluate_teacher(scale, *(part.to(device) for part in load_teacher(scale, folder)), images, seed, steps, guidance, decoder)
+        teacher = load_teacher(scale, folder, few_steps=stage == "turbo")
+        report = evaluate_teacher(scale, *(part.to(device) for part in teacher), images, seed, steps, guidance, decoder)
     else:
         pipe = load(scale, stage, folder, decoder)
         if torch.cuda.is_available():

@@ -48,6 +48,12 @@ def _turbo(scale: str, seed: int) -> Stage:
     return TurboStage(scale, seed)
 
 
+def _distilled(scale: str, seed: int, **options) -> Stage:
+    from .distilled import DistilledStage
+
+    return DistilledStage(scale, seed, **options)
+
+
 def _ablation(scale: str, seed: int) -> Stage:
     from .ablation import AblationStage
 
@@ -91,9 +97,10 @@ STAGES: dict[str, Callable[..., Stage]] = {
     "teacher": _teacher,
     "kd": _kd,
     "turbo": _turbo,
+    "distilled": _distilled,
     "ablation": _ablation,
 }
-OPTIONS = {"decoder": ("data", "perceptual"), "kd": ("teacher", "constant", "stored", "t5")}  # what a stage takes beside these two
+OPTIONS = {"decoder": ("data", "perceptual"), "kd": ("teacher", "constant", "stored", "t5"), "distilled": ("teacher", "only", "t5")}  # what a stage takes beside these two
 
 
 def build_stage(name: str, scale: str, seed: int = 0, **options) -> Stage:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -81,8 +81,10 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     keep_freed_memory()
     gpu = torch.cuda.is_available()
     # Left to itself accelerate ignores torchrun on CPUs, and takes a Mac's MPS, on which this loop is not tested.
-    accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
-    rank, world, settings, bare = accelerator.process_index, accelerator.num_processes, stage.settings, stage.module
+    settings, bare = stage.settings, stage.module
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=settings.turns)
+    accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no", kwargs_handlers=[parallel])
+    rank, world = accelerator.process_index, accelerator.num_processes
     identity = {"stage": stage.name, "scale": stage.scale, "seed": stage.seed, "world": world, "batch_size": settings.batch_size, **stage.options}
     total = steps if steps is not None else (10**9 if minutes is not None else settings.steps)
 

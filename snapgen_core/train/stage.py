@@ -22,6 +22,7 @@ class TrainSettings:
     clip_norm: float | None = 1.0  # None: gradients are left as they are
     warmup_steps: int = 100
     steps: int = 10_000  # the whole stage, where no budget is given
+    turns: bool = False  # players take turns: in any step some parameters have no gradient
     rates: tuple[tuple[str, float], ...] = ()  # learning rates of their own: (how the parameters' names begin, rate)
 
 

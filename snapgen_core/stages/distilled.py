@@ -1,0 +1,161 @@
+"""Stage `distilled`: the student learns to draw in four steps (Sec. 3.4, Eq. 9; Sec. 4, "Training Recipe", last step).
+
+Two players take turns. The discriminator's heads learn to tell noisy latents made from data from those made from the
+student's guesses; the student learns to be taken for data, and beside that Eq. 7 with the few-step teacher.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .. import flow
+from ..adversarial import LatentDiscriminator, discriminator_loss, gradient_penalty
+from ..distill import output_loss, scaled
+from ..evaluate import evaluate_unet, load_detector
+from ..paths import checkpoint_dir
+from ..pipeline import load_unet
+from ..scales import get_scale
+from ..teachers import load_teacher
+from ..train import TrainSettings, step_generator
+from ..unet import SnapGenUNet
+from ..weights import save_half
+from .base import TrainingSet
+
+STEPS = 4  # of the student, and of its teacher
+TURNS = 1  # steps of the heads for each of the student's
+BLOCKS = (1, 3, 5)  # of the few-step teacher's twin; at other scales as many at the same depths
+PENALTY = 0.0  # weight of R1
+PARTS = ("adversarial", "kd")  # of the student's objective; --only trains with one of them
+
+
+class DistilledTraining(nn.Module):
+    """forward(heads_turn [1], ...) -> (Eq. 9 for the player whose turn it is, figures); see both losses for what they take.
+
+    Hinge losses take the place of the logarithms [Sauer et al. 2024].
+    """
+
+    def __init__(self, unet: SnapGenUNet, discriminator: LatentDiscriminator, shift: float, parts: tuple[str, ...] = PARTS):
+        super().__init__()
+        self.unet, self.discriminator = unet, discriminator
+        self.shift, self.parts = shift, parts
+
+    def forward(self, heads_turn: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.heads_loss(**batch) if heads_turn else self.students_loss(**batch)
+
+    def guess(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's velocity at x_t, and x0' = G(x_t, t), the clean latent that it points to."""
+        x_t = flow.interpolate(x0, eps, sigma)
+        v = self.unet(x_t, flow.TIMESTEPS * sigma, context).sample
+        return v, flow.predicted_x0(x_t, v, sigma)
+
+    def heads_loss(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor, below: Tensor, real_eps: Tensor, made_eps: Tensor, teachers_context: Tensor, pooled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's side. x0 and the noises are [B,16,h,w], `sigma` [B] is the level t at which the student guesses,
+        `below` [B] that of t - 1, to which guess and data are noised again; the rest is text."""
+        judge = self.discriminator
+        with torch.no_grad():
+            made = self.guess(x0, eps, sigma, context)[1]
+            real, made = (judge.features(flow.interpolate(x, noise, below), flow.TIMESTEPS * below, teachers_context, pooled, judge.blocks) for x, noise in ((x0, real_eps), (made, made_eps)))
+        logits, made_logits = judge.judge(real, below, pooled), judge.judge(made, below, pooled)
+        loss = discriminator_loss(logits, made_logits)
+        if PENALTY:
+            loss = loss + PENALTY * gradient_penalty(judge, real, below, pooled)
+        accuracy = (torch.cat([logits, -made_logits]) > 0).float().mean()
+        return loss, {"judge": loss.detach(), "accuracy": accuracy, **by_level("real", logits, below), **by_level("made", made_logits, below)}
+
+    def students_loss(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor, velocity: Tensor, below: Tensor, made_eps: Tensor, teachers_context: Tensor, pooled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's side; `velocity` [B,16,h,w] is the few-step teacher's."""
+        v, made = self.guess(x0, eps, sigma, context)
+        task, output = flow.flow_matching_loss(v, x0, eps), output_loss(velocity.float(), v.float())
+        terms = {}
+        if "adversarial" in self.parts:
+            frozen = {name: tensor.detach() for name, tensor in self.discriminator.named_parameters()}
+            terms["adversarial"] = -functional_call(self.discriminator, frozen, (flow.interpolate(made, made_eps, below), below, teachers_context, pooled)).mean()
+        if "kd" in self.parts:
+            terms["kd"] = scaled(task, output, flow.unshift(sigma, self.shift))
+        # How hard each term pulls is known at v; from there one walk back through the student is enough for both.
+        pulls = {name: torch.autograd.grad(term, v, retain_graph=True)[0] for name, term in terms.items()}
+        walk = (v * sum(pulls.values())).sum()
+        loss = walk + (sum(terms.values()) - walk).detach()
+        figures = {name: term.detach() for name, term in terms.items()} | {f"{name}_pull": pull.norm() for name, pull in pulls.items()}
+        return loss, {"task": task.detach().mean(), "output": output.detach().mean(), **figures}
+
+
+def by_level(name: str, logits: Tensor, below: Tensor) -> dict[str, Tensor]:
+    """The mean logit at each noise level of the batch."""
+    means = logits.detach().flatten(1).mean(1)
+    return {f"{name} at {level:.2f}": means[below == level].mean() for level in below.unique()}
+
+
+class DistilledStage:
+    """See `snapgen_core.train.Stage`.
+
+    Args:
+        teacher: folder of a few-step teacher in place of the scale's own.
+        only: one of PARTS; the other is left out of the student's objective.
+        t5: "no" leaves out SD3.5's largest text encoder.
+    """
+
+    name = "distilled"
+
+    def __init__(self, scale: str, seed: int, teacher: Path | None = None, only: str | None = None, t5: str | None = None):
+        self.scale, self.seed = scale, seed
+        options = {"teacher": teacher, "only": only, "t5": t5 if t5 == "no" else None}
+        self.options = {name: str(value) for name, value in options.items() if value is not None}
+        self.teacher, self.text = load_teacher(scale, teacher, t5 != "no", few_steps=True)
+        held = self.teacher.transformer.config
+        depth = get_scale("tiny").teacher["num_layers"]
+        blocks = [(block + 1) * held.num_layers // depth - 1 for block in BLOCKS]
+        torch.manual_seed(seed)
+        unet = load_unet(checkpoint_dir(scale) / "kd")
+        discriminator = LatentDiscriminator(self.teacher.block_features, self.teacher.transformer.inner_dim, held.pooled_projection_dim, blocks)
+        self.module = DistilledTraining(unet, discriminator, get_scale(scale).shift, PARTS if only is None else (only,)).to(memory_format=torch.channels_last)
+        self.settings = TrainSettings(batch_size=64, learning_rate=2e-4, rates=(("discriminator.", 1e-3),), turns=True, steps=3_000)
+
+    @cached_property
+    def data(self) -> TrainingSet:
+        return TrainingSet(self.scale, 0)  # the scenes of `base`, whatever the seed of this stage
+
+    def prepare(self) -> None:
+        load_detector()  # as in stage base
+        self.data  # noqa: B018
+        if torch.cuda.is_available():  # as in stage kd
+            self.teacher, self.text = self.teacher.to("cuda"), self.text.to("cuda")
+
+    def heads_turn(self, step: int) -> bool:
+        return "adversarial" in self.module.parts and step % (TURNS + 1) < TURNS
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        generator, count = step_generator(self.seed, step, rank), self.settings.batch_size // world
+        x0, context, captions = self.data.draw(count, generator)
+        noises = {name: torch.randn(x0.shape, generator=generator) for name in ("eps", "made_eps", "real_eps")}
+        sigmas = flow.inference_sigmas(STEPS, get_scale(self.scale).shift)
+        place = torch.arange(count) % STEPS  # as many samples at every level
+        batch = {"x0": x0, "context": context, "sigma": sigmas[place], "below": sigmas[place + 1], **noises}
+        reads = context.any(dim=2).any(dim=1).tolist()  # the teacher reads the whole prompt, or none where the student has none
+        teachers_context, pooled = self.text([caption if some else "" for caption, some in zip(captions, reads)])
+        batch |= {"teachers_context": teachers_context, "pooled": pooled, "heads_turn": torch.tensor([self.heads_turn(step)])}
+        if not batch["heads_turn"]:
+            del batch["real_eps"]
+            batch["velocity"] = self.ask(batch)
+        return batch
+
+    def ask(self, batch: dict[str, Tensor]) -> Tensor:
+        """The few-step teacher's velocities."""
+        device = self.teacher.transformer.device
+        x, sigma = flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]).to(device), batch["sigma"].to(device)
+        return self.teacher(x, flow.TIMESTEPS * sigma, batch["teachers_context"].to(device), batch["pooled"].to(device))[0]
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        """SceneEval at four steps without guidance, overall and by task."""
+        return evaluate_unet(self.scale, self.module.unet, images=50, steps=STEPS, guidance=1.0)
+
+    def save(self, root: Path) -> list[Path]:
+        save_half(self.module.unet, root / self.name)
+        return [root / self.name]
+
+    def load(self, root: Path) -> None:
+        self.module.unet.load_state_dict(load_unet(root / self.name).state_dict())

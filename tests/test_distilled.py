@@ -1,0 +1,136 @@
+"""Stage `distilled`: whose turn reaches what, guesses noised again and judged beside the data, turns resumed."""
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from snapgen_core import flow
+from snapgen_core.adversarial import discriminator_loss
+from snapgen_core.distill import output_loss, scaled
+from snapgen_core.latents import load_autoencoder
+from snapgen_core.paths import checkpoint_dir
+from snapgen_core.pipeline import load_unet
+from snapgen_core.scales import SCALES
+from snapgen_core.stages import distilled
+from snapgen_core.stages.distilled import STEPS, DistilledStage
+from snapgen_core.teachers import save_reference
+from snapgen_core.text import load_text_encoders
+from snapgen_core.train import train
+from snapgen_core.weights import save_half
+from test_kd import FewScenes
+
+
+@pytest.fixture(scope="module")
+def few():
+    return FewScenes(load_text_encoders(SCALES["tiny"]))
+
+
+@pytest.fixture(scope="module")
+def turbo_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("turbo")
+    torch.manual_seed(0)
+    save_half(SD3Transformer2DModel(**SCALES["tiny"].teacher | {"num_layers": 3, "num_attention_heads": 2, "caption_projection_dim": 64}), folder)
+    save_reference(load_autoencoder("tiny"), folder)
+    return folder
+
+
+@pytest.fixture
+def stage(few, turbo_folder, monkeypatch):
+    """A stage of batches of eight that goes on from the base student."""
+    monkeypatch.setattr(distilled, "load_unet", lambda folder: load_unet(checkpoint_dir("tiny") / "base"))
+    monkeypatch.setattr(distilled, "evaluate_unet", lambda *args, **settings: {"overall": 0.5})
+
+    def build(seed=0, **options):
+        made = DistilledStage("tiny", seed, teacher=turbo_folder, **options)
+        made.data, made.prepare = few, lambda: None
+        object.__setattr__(made.settings, "batch_size", 8)
+        return made
+
+    return build
+
+
+def reached(module):
+    return {name.split(".")[0] for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def test_each_turn_trains_its_player_alone(stage):
+    made = stage()
+    for step, player in ((0, "discriminator"), (1, "unet")):
+        made.module.zero_grad(set_to_none=True)
+        loss, _ = made.module(**made.batch(step))
+        loss.backward()
+        assert reached(made.module) == {player}
+        others = [p for name, p in made.module.named_parameters() if not name.startswith(player)]
+        assert all(p.grad is None for p in others)  # not even zeros: AdamW would move by its momentum
+    assert all(p.grad is None for p in made.teacher.parameters())
+
+
+@pytest.mark.parametrize("only", [None, "adversarial", "kd"])
+def test_the_students_loss_is_its_terms_gradient_and_all(stage, only):
+    """By hand from Eq. 1, 7 and 9, walked back in one piece."""
+    made = stage(only=only)
+    batch = made.batch(1)
+    loss, figures = made.module(**batch)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in made.module.unet.named_parameters()}
+    made.module.zero_grad(set_to_none=True)
+
+    x_t = (1 - batch["sigma"])[:, None, None, None] * batch["x0"] + batch["sigma"][:, None, None, None] * batch["eps"]
+    v = made.module.unet(x_t, 1000 * batch["sigma"], batch["context"]).sample
+    guess = x_t - batch["sigma"][:, None, None, None] * v
+    noised = (1 - batch["below"])[:, None, None, None] * guess + batch["below"][:, None, None, None] * batch["made_eps"]
+    fooling = -made.module.discriminator(noised, batch["below"], batch["teachers_context"], batch["pooled"]).mean()
+    u = torch.tensor([1.0, 0.75, 0.5, 0.25]).repeat(2)
+    teaching = scaled((batch["eps"] - batch["x0"] - v).square().mean(dim=(1, 2, 3)), output_loss(batch["velocity"], v), u)
+    expected = {None: fooling + teaching, "adversarial": fooling, "kd": teaching}[only]
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for name, p in made.module.unet.named_parameters():
+        assert torch.allclose(gradients[name], p.grad, rtol=1e-3, atol=1e-6), name
+    assert {name for name in figures if name.endswith("_pull")} == {f"{name}_pull" for name in (("adversarial", "kd") if only is None else (only,))}
+
+
+def test_a_perfect_guess_cannot_be_told_from_the_data(stage):
+    made = stage()
+    batch = made.batch(0)
+    made.module.guess = lambda x0, eps, sigma, context: (eps - x0, x0)
+    batch["made_eps"] = batch["real_eps"]
+    loss, figures = made.module(**batch)
+    assert figures["accuracy"].item() == pytest.approx(0.5, abs=1e-6)
+    logits = made.module.discriminator(flow.interpolate(batch["x0"], batch["real_eps"], batch["below"]), batch["below"], batch["teachers_context"], batch["pooled"])
+    assert loss.item() == pytest.approx(discriminator_loss(logits, logits).item(), rel=1e-5)
+    for level in (0.9, 0.75, 0.5, 0.0):
+        at = batch["below"] == torch.tensor(level)
+        assert at.sum() == 2 and figures[f"real at {level:.2f}"].item() == pytest.approx(logits[at].mean().item(), rel=1e-4)
+
+
+def test_levels_are_those_of_the_sampler(stage):
+    batch = stage().batch(1)
+    assert torch.allclose(batch["sigma"][:4], torch.tensor([1.0, 0.9, 0.75, 0.5])) and torch.allclose(batch["below"][:4], torch.tensor([0.9, 0.75, 0.5, 0.0]))
+    assert torch.equal(batch["sigma"][:-1], flow.inference_sigmas(STEPS)[:-1].repeat(2)[:-1])
+
+
+def test_the_teacher_is_asked_with_the_whole_prompt_or_none(stage, few):
+    made = stage()
+    batch = made.batch(1)
+    again = made.batch(1)
+    assert all(torch.equal(value, again[name]) for name, value in batch.items())
+    reads = batch["context"].flatten(1).any(dim=1)
+    assert torch.equal(batch["teachers_context"].flatten(1).any(dim=1), reads) and torch.equal(batch["pooled"].any(dim=1), reads)
+    with torch.no_grad():
+        expected = made.teacher.transformer(flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]), batch["teachers_context"], batch["pooled"], 1000 * batch["sigma"]).sample
+    assert torch.allclose(batch["velocity"], expected, atol=1e-5)
+
+
+def test_without_an_adversary_nobody_waits_for_the_heads(stage):
+    assert [stage(only="kd").heads_turn(step) for step in range(3)] == [False] * 3
+    assert [stage().heads_turn(step) for step in range(4)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("halt", [1, 2], ids=["after the heads' turn", "after the student's"])
+def test_stop_and_resume_in_either_turn_equals_one_run(stage, tmp_path, halt):
+    train(stage(), tmp_path / "whole", steps=4, progress=False)
+    train(stage(), tmp_path / "parts", steps=halt, progress=False)
+    train(stage(), tmp_path / "parts", steps=4, progress=False)
+    whole, parts = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "parts"))
+    assert whole == parts
