@@ -139,6 +139,7 @@ def _add_evaluate(commands) -> None:
                           help="pictures for each of the six tasks, and half as many for each of the four held-out "
                                "ones; at least 2 (default: 20)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file, and which pictures were right")
+    evaluate.add_argument("--variety", action="store_true", help="also measure how varied the pictures of a prompt are, and how far they are from true scenes")
     _add_sampling(evaluate, others=("teacher", "turbo"))
 
 

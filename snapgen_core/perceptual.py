@@ -86,6 +86,13 @@ def _pretrained() -> EfficientNetLite0:
     return network.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def lite0_features(pictures: Tensor, size: int = 64) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1] as points, [N, 1280]: what the network sees on the whole, before it names a class."""
+    network = _pretrained().to(pictures.device)
+    return torch.cat([network.head(network.all_features(part)[-1]).mean(dim=(2, 3)) for part in pictures.split(size)])
+
+
 class Lite0Distance(nn.Module):
     """forward(a, b [B, 3, H, W] in [-1, 1]) -> [B]: Eq. 1 of LPIPS with all its weights w at one.
 

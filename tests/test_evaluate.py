@@ -291,7 +291,7 @@ def test_evaluate_stage(monkeypatch):
         return SimpleNamespace(images=oracle.generate(captions, []))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("snapgen_core.load", lambda scale, stage, folder, decoder: pipe)
+    monkeypatch.setattr("snapgen_core.load", lambda scale, stage, folder, decoder: SimpleNamespace(to=lambda device: pipe))
     monkeypatch.setattr("snapgen_core.evaluate.sceneeval.load_detector", lambda: oracle)
     result = evaluate_stage("tiny", "base", images=4, seed=0, steps=4, guidance=1.0)
     assert json.loads(json.dumps(result)) == result
@@ -317,7 +317,7 @@ def test_evaluate_stage_takes_a_teacher(monkeypatch):
 
     teacher, text = Part(name="teacher", transformer=SimpleNamespace(device=torch.device("cpu"))), Part(name="text")
     room = "snapgen_core.evaluate.sceneeval."
-    monkeypatch.setattr(room + "load_teacher", lambda scale, folder: (teacher, text))
+    monkeypatch.setattr(room + "load_teacher", lambda scale, folder, few_steps: (teacher, text))
     monkeypatch.setattr(room + "sample", sample)
     monkeypatch.setattr(room + "decode", lambda painter, latents: latents)
     monkeypatch.setattr(room + "load_detector", lambda: oracle)

@@ -31,7 +31,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from .. import evaluate as scoring
 
-    figures = scoring.evaluate_stage(args.scale, args.stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint, args.decoder)
+    figures = scoring.evaluate_stage(args.scale, args.stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint, args.decoder, args.variety)
     table = list(rows(figures))
     width = max(len(name) for name, _ in table)
     for name, value in table:

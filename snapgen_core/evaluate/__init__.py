@@ -3,14 +3,13 @@
 from .report import Report, Score, bootstrap_interval, paired_difference
 from .rules import COUNTING_THRESHOLD, explain, judge, relative_position
 from .sceneeval import (
-    evaluate_pipeline,
     evaluate_stage,
-    evaluate_teacher,
     evaluate_unet,
     load_detector,
     pipeline_generator,
     scene_eval,
     scene_prompts,
+    teacher_generator,
 )
 from .truth import near_misses, true_detections, validate_detector
 from .validation import validation_batch, validation_losses
@@ -20,9 +19,7 @@ __all__ = [
     "Report",
     "Score",
     "bootstrap_interval",
-    "evaluate_pipeline",
     "evaluate_stage",
-    "evaluate_teacher",
     "evaluate_unet",
     "explain",
     "judge",
@@ -33,6 +30,7 @@ __all__ = [
     "relative_position",
     "scene_eval",
     "scene_prompts",
+    "teacher_generator",
     "true_detections",
     "validate_detector",
     "validation_batch",

@@ -131,13 +131,6 @@ def pipeline_generator(pipe, steps: int = 28, guidance: float = 4.0) -> Generate
     return generate
 
 
-def evaluate_pipeline(
-    pipe, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, progress: bool = True
-) -> Report:
-    """SceneEval of a pipeline: `images` pictures a task and half as many a held-out task, each of another prompt."""
-    return scene_eval(pipeline_generator(pipe, steps, guidance), images, seed=seed, progress=progress)
-
-
 def evaluate_unet(
     scale: str, unet, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0
 ) -> dict[str, float]:
@@ -145,13 +138,11 @@ def evaluate_unet(
     from ..pipeline import build
 
     pipe = build(scale, unet).to(unet.device)
-    return evaluate_pipeline(pipe, images, seed, steps, guidance).figures()
+    return scene_eval(pipeline_generator(pipe, steps, guidance), images, seed=seed).figures()
 
 
-def evaluate_teacher(
-    scale: str, teacher: Teacher, text: TeacherText, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, decoder: str = "full"
-) -> Report:
-    """SceneEval of a teacher, from the same prompts and noise as a student's."""
+def teacher_generator(scale: str, teacher: Teacher, text: TeacherText, steps: int = 28, guidance: float = 4.0, decoder: str = "full") -> Generate:
+    """What `scene_eval` asks for, from a teacher: the same prompts and noise as a student's."""
     config = get_scale(scale)
     device, shape = teacher.transformer.device, (config.latent_channels, config.latent_size, config.latent_size)
     painter = load_autoencoder(scale) if decoder == "full" else load_decoder(checkpoint_dir(scale) / "decoder")
@@ -161,27 +152,34 @@ def evaluate_teacher(
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         return decode(painter, sample(teacher, text, captions, noise.to(device), flow.inference_sigmas(steps, config.shift), guidance))
 
-    return scene_eval(generate, images, seed=seed)
+    return generate
+
+
+def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder: Path | None = None, decoder: str = "full") -> Generate:
+    """What `scene_eval` asks for, from a shipped model or the one in `folder`."""
+    from .. import load
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if stage in ("teacher", "turbo"):
+        teacher, text = load_teacher(scale, folder, few_steps=stage == "turbo")
+        return teacher_generator(scale, teacher.to(device), text.to(device), steps, guidance, decoder)
+    return pipeline_generator(load(scale, stage, folder, decoder).to(device), steps, guidance)
 
 
 def evaluate_stage(
-    scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, folder: Path | None = None, decoder: str = "full"
+    scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, folder: Path | None = None, decoder: str = "full", variety: bool = False
 ) -> dict:
     """SceneEval of a shipped model (or of the one in `folder`) as a JSON-able dict: `Report.to_dict()` and the settings.
 
-    `images` counts the pictures of each of the six tasks; each of the four held-out tasks adds half as many.
+    `images` counts the pictures of each of the six tasks; each of the four held-out tasks adds half as many. With `variety`
+    there are also the figures of `variety.measure`.
     """
-    from .. import load
+    from .variety import measure
 
-    if stage in ("teacher", "turbo"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        teacher = load_teacher(scale, folder, few_steps=stage == "turbo")
-        report = evaluate_teacher(scale, *(part.to(device) for part in teacher), images, seed, steps, guidance, decoder)
-    else:
-        pipe = load(scale, stage, folder, decoder)
-        if torch.cuda.is_available():
-            pipe = pipe.to("cuda")
-        report = evaluate_pipeline(pipe, images, seed, steps, guidance)
+    generate = stage_generator(scale, stage, steps, guidance, folder, decoder)
+    figures = scene_eval(generate, images, seed=seed).to_dict()
+    if variety:
+        figures["variety"] = measure(generate, get_scale(scale).image_size, seed=seed)
     settings = {
         "scale": scale,
         "stage": stage,
@@ -195,4 +193,4 @@ def evaluate_stage(
         "counting_threshold": COUNTING_THRESHOLD,
         "detector_pixels": IMAGE_SIZE,
     }
-    return {**report.to_dict(), "settings": settings}
+    return {**figures, "settings": settings}

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import flow
 from ..distill import output_loss
-from ..evaluate import evaluate_teacher, load_detector
+from ..evaluate import load_detector, scene_eval, teacher_generator
 from ..latents import load_autoencoder
 from ..paths import checkpoint_dir
 from ..pipeline import load_unet
@@ -116,7 +116,7 @@ class TeacherStage:
         """SceneEval at 28 guided steps, overall and by task."""
         teacher = Teacher(self.module.transformer)
         text = TwinText(load_text_encoders(get_scale(self.scale)).to(teacher.transformer.device))
-        return evaluate_teacher(self.scale, teacher, text, images=50, seed=self.seed).figures()
+        return scene_eval(teacher_generator(self.scale, teacher, text), 50, seed=self.seed).figures()
 
     def save(self, root: Path) -> list[Path]:
         save_half(self.module.transformer, root / self.name)

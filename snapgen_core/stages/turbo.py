@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import flow
 from ..distill import output_loss
-from ..evaluate import evaluate_teacher, load_detector
+from ..evaluate import load_detector, scene_eval, teacher_generator
 from ..latents import load_autoencoder
 from ..paths import checkpoint_dir
 from ..scales import get_scale
@@ -88,7 +88,7 @@ class TurboStage:
         """SceneEval at four steps without guidance, overall and by task."""
         teacher = Teacher(self.module.transformer)
         text = TwinText(load_text_encoders(get_scale(self.scale)).to(teacher.transformer.device))
-        return evaluate_teacher(self.scale, teacher, text, images=50, seed=self.seed, steps=STEPS, guidance=1.0).figures()
+        return scene_eval(teacher_generator(self.scale, teacher, text, STEPS, guidance=1.0), 50, seed=self.seed).figures()
 
     def save(self, root: Path) -> list[Path]:
         save_half(self.module.transformer, root / self.name)
