@@ -70,7 +70,7 @@ def test_a_run_that_cannot_go_on_is_told(home, calls, monkeypatch, capfd):
 def test_evaluate_prints_and_writes_the_same_figures(home, calls, capfd):
     arguments = ["evaluate", "--images", "4", "--steps", "3", "--guidance", "2", "--seed", "9", "--json", "figures.json"]
     assert main(arguments) == 0
-    assert calls == [("evaluate", "tiny", "base", 4, 9, 3, 2.0, None, "full")]
+    assert calls == [("evaluate", "tiny", "base", 4, 9, 3, 2.0, None, "full", False)]
     assert capfd.readouterr().out.splitlines()[0].split(maxsplit=1) == ["overall", "0.61 [0.50, 0.75] n=12"]
     written = json.loads((home / "figures.json").read_text())
     assert {name: written[name] for name in FIGURES} == FIGURES
