@@ -104,6 +104,17 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
         file.write(line)
 
 
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a file that `append_jsonl` wrote; none where there is no file, and without lines that a kill cut short."""
+    records = []
+    for line in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
 def git_commit() -> str | None:
     """Commit that the running code comes from, with "-dirty" where it was changed since; None outside a clone."""
     root = Path(__file__).resolve().parents[1]

@@ -3,10 +3,13 @@
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from PIL import Image
 
 from snapgen_core import flow
 from snapgen_core.adversarial import discriminator_loss
+from snapgen_core.diagnostics import concerns
 from snapgen_core.distill import output_loss, scaled
+from snapgen_core.files import read_jsonl
 from snapgen_core.latents import load_autoencoder
 from snapgen_core.paths import checkpoint_dir
 from snapgen_core.pipeline import load_unet
@@ -125,6 +128,30 @@ def test_the_teacher_is_asked_with_the_whole_prompt_or_none(stage, few):
 def test_without_an_adversary_nobody_waits_for_the_heads(stage):
     assert [stage(only="kd").heads_turn(step) for step in range(3)] == [False] * 3
     assert [stage().heads_turn(step) for step in range(4)] == [True, False, True, False]
+
+
+def test_it_is_watched_from_fixed_noise(stage, tmp_path):
+    made = stage()
+    average = {f"unet.{name}": tensor for name, tensor in made.module.unet.state_dict().items()}
+    for step in (0, 7):
+        made.watch(tmp_path, step, average)
+    first, later = (Image.open(tmp_path / "samples" / f"step-{step:08d}.png") for step in (0, 7))
+    assert first.tobytes() == later.tobytes() and first.width > 4 * 100
+    assert [line["step"] for line in read_jsonl(tmp_path / "watch.jsonl")] == [0, 7]
+    assert read_jsonl(tmp_path / "watch.jsonl")[0]["diversity"] > 0.05
+    assert made.module.training  # what is trained was not touched
+
+
+def test_concerns():
+    def log(accuracy):
+        return [{"step": i, "accuracy": accuracy} if i % 2 else {"step": i} for i in range(300)]
+
+    watched = [{"step": 0, "diversity": 0.5}, {"step": 9, "diversity": 0.4}]
+    assert concerns(log(0.8), watched) == [] and concerns([], []) == []
+    assert "has won" in concerns(log(0.97), watched)[0] and "nothing to say" in concerns(log(0.5), watched)[0]
+    assert concerns(log(0.5)[:100] + log(0.8)[:200], watched) == []  # old troubles are forgotten
+    alike, = concerns(log(0.8), [*watched, {"step": 12, "diversity": 0.2}])
+    assert "alike: diversity 0.200, 0.500 at the start" in alike
 
 
 @pytest.mark.parametrize("halt", [1, 2], ids=["after the heads' turn", "after the student's"])

@@ -4,22 +4,28 @@ Two players take turns. The discriminator's heads learn to tell noisy latents ma
 student's guesses; the student learns to be taken for data, and beside that Eq. 7 with the few-step teacher.
 """
 
+import copy
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from tqdm.auto import tqdm
 
 from .. import flow
 from ..adversarial import LatentDiscriminator, discriminator_loss, gradient_penalty
+from ..diagnostics import concerns
 from ..distill import output_loss, scaled
 from ..evaluate import evaluate_unet, load_detector
+from ..evaluate.variety import diversity
+from ..figures import image_grid
+from ..files import append_jsonl, atomic_write, read_jsonl
 from ..paths import checkpoint_dir
-from ..pipeline import load_unet
+from ..pipeline import build, load_unet
 from ..scales import get_scale
 from ..teachers import load_teacher
-from ..train import TrainSettings, step_generator
+from ..train import TrainSettings, step_generator, trim_log
 from ..unet import SnapGenUNet
 from ..weights import save_half
 from .base import TrainingSet
@@ -28,6 +34,7 @@ STEPS = 4  # of the student, and of its teacher
 TURNS = 1  # steps of the heads for each of the student's
 BLOCKS = (1, 3, 5)  # of the few-step teacher's twin; at other scales as many at the same depths
 PENALTY = 0.0  # weight of R1
+WATCHED = ("a dog", "three apples", "a purple elephant", "a crown above a penguin", "a green car and a yellow hat")  # drawn along the training
 PARTS = ("adversarial", "kd")  # of the student's objective; --only trains with one of them
 
 
@@ -147,6 +154,24 @@ class DistilledStage:
         device = self.teacher.transformer.device
         x, sigma = flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]).to(device), batch["sigma"].to(device)
         return self.teacher(x, flow.TIMESTEPS * sigma, batch["teachers_context"].to(device), batch["pooled"].to(device))[0]
+
+    @torch.no_grad()
+    def watch(self, run_dir: Path, step: int, average: dict[str, Tensor]) -> None:
+        """Pictures from fixed noise into DIR/samples, their diversity into DIR/watch.jsonl; says what is wrong."""
+        unet = copy.deepcopy(self.module.unet).eval()
+        unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in average.items() if name.startswith("unet.")})
+        pipe = build(self.scale, unet).to(unet.device)
+        prompts = [prompt for prompt in WATCHED for _ in range(4)]
+        generators = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
+        pictures = pipe(prompts, num_inference_steps=STEPS, guidance_scale=1.0, generator=generators, output_type="pt").images.cpu()
+        (run_dir / "samples").mkdir(exist_ok=True)
+        with atomic_write(run_dir / "samples" / f"step-{step:08d}.png") as part:
+            image_grid(pictures, columns=4, rows=WATCHED).save(part)
+        seen = run_dir / "watch.jsonl"
+        trim_log(seen, step - 1)
+        append_jsonl(seen, {"step": step, "diversity": diversity(pictures.unflatten(0, (-1, 4))).mean().item()})
+        for concern in concerns(read_jsonl(run_dir / "log.jsonl"), read_jsonl(seen)):
+            tqdm.write(f"step {step}: {concern}")
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from .checkpoints import Ema
 from .loop import train
-from .records import card, history, ship, trainings
+from .records import card, history, ship, trainings, trim_log
 from .stage import Stage, TrainSettings, step_generator
 
-__all__ = ["Ema", "Stage", "TrainSettings", "card", "history", "ship", "step_generator", "train", "trainings"]
+__all__ = ["Ema", "Stage", "TrainSettings", "card", "history", "ship", "step_generator", "train", "trainings", "trim_log"]

@@ -106,6 +106,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         trim_log(run_dir / "log.jsonl", start)
 
     module, optimizer = accelerator.prepare(bare, optimizer)
+    watch = getattr(stage, "watch", lambda run_dir, step, average: None)
     step, began, saved = start, time.monotonic(), time.monotonic()
     bar = tqdm(total=total if total < 10**9 else None, initial=start, desc=f"{stage.name} ({stage.scale})", unit="step", dynamic_ncols=True, disable=not (progress and accelerator.is_main_process))
 
@@ -114,8 +115,11 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         if accelerator.is_main_process:
             facts = {"identity": identity, "minutes": trained_minutes + (time.monotonic() - began) / 60, "settings": asdict(settings), "origin": origin}
             save_checkpoint(run_dir, step, bare, ema, optimizer.optimizer, facts)
+            watch(run_dir, step, ema.state)
         saved = time.monotonic()
 
+    if step == 0 and accelerator.is_main_process:
+        watch(run_dir, step, ema.state)
     stop = False
     with _stop_signals() as stopped, bar:
         while step < total and not stop:

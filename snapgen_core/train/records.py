@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..files import atomic_folder, atomic_write, write_json
+from ..files import atomic_folder, atomic_write, read_jsonl, write_json
 from ..paths import checkpoint_dir
 from .stage import Stage
 
@@ -31,23 +31,15 @@ def shipped_origin(stage: Stage) -> dict:
 
 def trim_log(path: Path, step: int) -> None:
     """Drop the log's lines after `step`: they were written between the last checkpoint and the kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # the kill cut this line short
-            continue
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
+    if path.exists():
+        kept = [line for line in read_jsonl(path) if line["step"] <= step]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), "utf-8")
 
 
 def loss_curve(log: Path, points: int = 20) -> list[float]:
     """The run in brief: the mean loss of each of (at most) `points` equal stretches of it; the task's, where it is logged."""
-    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    losses = torch.tensor([line.get("task", line["loss"]) for line in lines], dtype=torch.float64)
+    losses = torch.tensor([line.get("task", line["loss"]) for line in read_jsonl(log)], dtype=torch.float64)
     return [round(part.mean().item(), 5) for part in losses.tensor_split(min(points, len(losses)))]
 
 

@@ -52,6 +52,9 @@ class Stage(Protocol):
     def load(self, root: Path) -> None:
         """The inverse of `save`, for a warm start. Raises UserError where the shipped weights are not all of them."""
 
+    # A stage may also have `watch(run_dir, step, average)`: called in the main process before the first step and after each
+    # checkpoint, with the averaged state of `module`, it looks at how the training goes.
+
 
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     """The generator of everything random in one step."""
