@@ -31,7 +31,7 @@ from .base import TrainingSet
 # The text is dropped whole, for guidance, and never one encoder alone: the student has to work with any subset of them on a
 # phone (Sec. 4), its teacher always has all three. Nine of ten samples so show it the whole prompt, of the student's one in six.
 DROP_PROBABILITY = 0.1
-IMITATION = 6_000  # steps, those before a warm start included
+IMITATION = 8_000  # steps, those before a warm start included
 DETAIL = 2 / 3  # noise levels below this are the student's for good: what is where has been decided above it
 
 
