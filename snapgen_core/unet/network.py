@@ -167,7 +167,12 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
         """
         timestep = torch.as_tensor(timestep, device=sample.device)
         check_inputs(self.config, sample, timestep, encoder_hidden_states)
-        time = timestep_embedding(timestep.expand(len(sample)), self.time_embed[0].in_features)
+        velocity = self.velocity(sample, timestep.expand(len(sample)), encoder_hidden_states)
+        return SnapGenUNetOutput(sample=velocity) if return_dict else (velocity,)
+
+    def velocity(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """`forward` without its checks; what it does with the text is its transformers' affair."""
+        time = timestep_embedding(timestep, self.time_embed[0].in_features)
         time = self.time_embed(time.to(sample.dtype))
 
         # Channels last from here on: a pixel's channels are then a token as it stands, and nothing is copied between
@@ -175,12 +180,11 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
         x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for stage in self.down_blocks:
-            skips += stage(skips[-1], time, encoder_hidden_states)
-        x = self.mid_block(skips[-1], time, encoder_hidden_states)
+            skips += stage(skips[-1], time, context)
+        x = self.mid_block(skips[-1], time, context)
         for stage in self.up_blocks:
-            x = stage(x, time, encoder_hidden_states, skips)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return SnapGenUNetOutput(sample=x) if return_dict else (x,)
+            x = stage(x, time, context, skips)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 def check_config(config) -> None:
