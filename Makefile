@@ -13,6 +13,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3.13 python3; do \
 endif
 TORCH ?= $(or $(shell cat $(VENV)/torch.txt 2>/dev/null),torch==2.13.0)
 MINUTES ?= 30
+KD_STEPS ?= 800
 STAGES := autoencoder decoder decoder_norms photo_autoencoder photo_decoder text detector base teacher kd
 
 # More torch threads than cores make everything many times slower.
@@ -24,7 +25,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test lab checkpoints clean FORCE
+.PHONY: help venv run test lab checkpoints kdtable clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,6 +46,15 @@ checkpoints: $(STAMP) ## train every stage again, MINUTES each, and ship the wei
 	@set -e; for stage in $(STAGES); do \
 		$(BIN)/snapgen train $$stage --minutes $(MINUTES) --run-dir exports/runs/tiny/$$stage --ship; \
 	done
+
+# ROW=WEIGHTS of Eq. 6; none: Eq. 8.
+KD_ROWS := task=0,0 output=1,0 features=1,0.1 constant=1,0.1 scaled=
+kdtable: $(STAMP) ## train and score the fifteen runs behind notebook 04's table, KD_STEPS each
+	@set -e; for seed in 0 1 2; do for row in $(KD_ROWS); do \
+		name=$${row%%=*}; weights=$${row#*=}; run=exports/runs/tiny/kd-$$name-$$seed; \
+		$(BIN)/snapgen train kd --seed $$seed --steps $(KD_STEPS) --no-score --run-dir $$run $${weights:+--constant $$weights}; \
+		$(BIN)/snapgen evaluate --stage kd --checkpoint $$run/weights/kd --images 100 --json exports/results/kd/$$name-seed-$$seed.json; \
+	done; done
 
 clean: ## remove .venv and caches (never shipped data nor training runs)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache data/cache exports/runs/notebooks

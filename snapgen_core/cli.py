@@ -116,6 +116,7 @@ def _add_train(commands) -> None:
                        help="begin with the shipped weights (a run that resumes goes on with its own)")
     train.add_argument("--compile", action="store_true",
                        help="let torch fuse the network's kernels: a minute or two at the start, then faster steps (the teacher's 1.5 times); needs a C++ compiler")
+    train.add_argument("--no-score", action="store_true", help="do not score the final weights, which can take minutes; `snapgen evaluate` can do it later")
     train.add_argument("--ship", action="store_true", help="put the final weights among the shipped checkpoints")
 
 

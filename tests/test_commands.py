@@ -41,19 +41,19 @@ def calls(monkeypatch):
 def test_train_hands_on_its_budget(home, calls, capfd):
     assert main(["train", "text", "--minutes", "1.5", "--seed", "4"]) == 0
     folder = home / "exports" / "runs" / "tiny" / "text"
-    assert calls == [("train", ("text", "tiny", 4), folder, {"steps": None, "minutes": 1.5, "warm_start": False, "compile": False})]
+    assert calls == [("train", ("text", "tiny", 4), folder, {"steps": None, "minutes": 1.5, "warm_start": False, "compile": False, "score": True})]
     assert folder.is_dir() and str(folder / "weights") in capfd.readouterr().out
 
 
 def test_train_starts_warm_when_asked(home, calls):
     assert main(["train", "base", "--steps", "7", "--warm-start"]) == 0
-    assert calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": True, "compile": False}
+    assert calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": True, "compile": False, "score": True}
 
 
 def test_train_ships_only_when_asked(home, calls, capfd):
     assert main(["train", "base", "--steps", "7", "--run-dir", "mine", "--ship"]) == 0
     assert [call[0] for call in calls] == ["train", "ship"]
-    assert calls[1][1] == Path("mine") and calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": False, "compile": False}
+    assert calls[1][1] == Path("mine") and calls[0][-1] == {"steps": 7, "minutes": None, "warm_start": False, "compile": False, "score": True}
     assert "shipped data/base" in capfd.readouterr().out
 
 

@@ -176,6 +176,13 @@ def test_kill_minus_9_and_resume_is_bit_identical(tmp_path, kill_after_step):
     assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_without_a_score_there_is_none(tmp_path):
+    stage = LineStage(steps=2)
+    stage.score = None  # calling it would fail
+    train(stage, tmp_path, progress=False, score=False)
+    assert json.loads((tmp_path / "result.json").read_text())["scores"] == {}
+
+
 def test_a_time_budget_ends_with_usable_weights(tmp_path):
     path = train(LineStage(pause=0.01), tmp_path, minutes=0.01, progress=False)
     stage = LineStage(seed=1)

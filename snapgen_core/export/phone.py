@@ -155,13 +155,13 @@ class PhoneTransformer(nn.Module):
         return x + self.project_out(tokens).reshape(x.shape)
 
 
-def _replace(parent: nn.Module, wanted: type, made) -> None:
+def replace_modules(parent: nn.Module, wanted: type, made) -> None:
     """Put made(child) in the place of every child of `parent`, at any depth, that is a `wanted`."""
     for name, child in parent.named_children():
         if isinstance(child, wanted):
             setattr(parent, name, made(child))
         else:
-            _replace(child, wanted, made)
+            replace_modules(child, wanted, made)
 
 
 def map_sizes(unet: SnapGenUNet, side: int) -> dict[Transformer, tuple[int, int]]:
@@ -185,8 +185,8 @@ class PhoneUNet(nn.Module):
         super().__init__()
         unet = copy.deepcopy(unet).float().eval()
         sizes = map_sizes(unet, side)
-        _replace(unet, Transformer, lambda module: PhoneTransformer(module, *sizes[module]))
-        _replace(unet, nn.GroupNorm, PhoneGroupNorm)
+        replace_modules(unet, Transformer, lambda module: PhoneTransformer(module, *sizes[module]))
+        replace_modules(unet, nn.GroupNorm, PhoneGroupNorm)
         self.unet = unet
         self.requires_grad_(False)
 

@@ -56,7 +56,7 @@ def _stop_signals():
             signal.signal(number, handler)
 
 
-def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float | None = None, save_every: float = 120.0, progress: bool = True, warm_start: bool = False, compile: bool = False) -> Path:
+def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float | None = None, save_every: float = 120.0, progress: bool = True, warm_start: bool = False, compile: bool = False, score: bool = True) -> Path:
     """Train `stage` in `run_dir`, resuming what is there, and return the path of the final EMA weights.
 
     `run_dir` then holds `model.safetensors` (the module's EMA weights), `weights/` (the same as each model is shipped
@@ -69,6 +69,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
         warm_start: begin with the shipped weights and a fresh optimiser; a run that resumes ignores it.
         compile: let torch.compile fuse the module's kernels. Sums are then added in another order: what follows is the same
             run only as far as rounding goes.
+        score: score the final weights, which can take minutes.
 
     Raises:
         UserError: there is no compiler, the folder holds another run, or loss or gradient is no longer finite (the last checkpoint is kept).
@@ -152,7 +153,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     checkpoint()
     if stopped:
         raise KeyboardInterrupt(f"stopped after step {step}; the same command resumes from {run_dir}")
-    return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60, origin, compile)
+    return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60, origin, compile, score)
 
 
 def _groups(module: nn.Module, settings: TrainSettings) -> list[dict]:
@@ -174,7 +175,7 @@ def _in_any_process(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in everyone.amax(dim=0))
 
 
-def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float, origin: dict | None, compiled: bool) -> Path:
+def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float, origin: dict | None, compiled: bool, score: bool) -> Path:
     """Put the EMA weights into the module, write DIR/model.safetensors and DIR/weights, score them into DIR/result.json."""
     path = run_dir / "model.safetensors"
     stage.module.load_state_dict(ema.state)
@@ -194,7 +195,7 @@ def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, ste
             "samples": step * stage.settings.batch_size,
             "minutes": round(minutes, 1),
             "device": _device_name(accelerator.device),
-            "scores": stage.score(),
+            "scores": stage.score() if score else {},
             "losses": loss_curve(run_dir / "log.jsonl"),
             "origin": origin,
         }
