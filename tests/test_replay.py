@@ -212,6 +212,13 @@ def test_the_first_operation_that_leaves_fp16_is_named(tmp_path):
     assert [each.name for each in found.worst] == ["too_large", "follows"] and (found.compared, found.unmatched) == (4, 0)
 
 
+def test_what_is_no_number_never_agrees(tmp_path):
+    """An RMSNorm that divides by the largest element is NaN for a row of zeros, at any precision."""
+    path = saved(tmp_path, lambda a: mb.real_div(x=a, y=mb.reduce_max(x=a, axes=[-1]), name="no_number"), [half(0, 0)])
+    found = first_difference(*(Replay(path, precision).trace(a=torch.zeros(2)) for precision in ("fp32", "fp16")))
+    assert found.first.name == "no_number"
+
+
 def test_constants_and_inputs_may_be_outputs(tmp_path):
     path = saved(tmp_path, lambda a: (mb.const(val=half(1, 2), name="fixed"), mb.identity(x=a, name="passed")), [half(3)])
     for precision, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
