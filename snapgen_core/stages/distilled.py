@@ -5,7 +5,6 @@ student's guesses; the student learns to be taken for data, and beside that Eq. 
 """
 
 import copy
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from .. import flow
 from ..adversarial import LatentDiscriminator, discriminator_loss, gradient_penalty
 from ..diagnostics import concerns
 from ..distill import output_loss, scaled
-from ..evaluate import evaluate_unet, load_detector
+from ..evaluate import evaluate_unet
 from ..evaluate.variety import diversity
 from ..figures import image_grid
 from ..files import append_jsonl, atomic_write, read_jsonl
@@ -28,7 +27,7 @@ from ..teachers import load_teacher
 from ..train import TrainSettings, step_generator, trim_log
 from ..unet import SnapGenUNet
 from ..weights import save_half
-from .base import TrainingSet
+from .kd import TaughtStage
 
 STEPS = 4  # of the student, and of its teacher
 TURNS = 1  # steps of the heads for each of the student's
@@ -96,7 +95,7 @@ def by_level(name: str, logits: Tensor, below: Tensor) -> dict[str, Tensor]:
     return {f"{name} at {level:.2f}": means[below == level].mean() for level in below.unique()}
 
 
-class DistilledStage:
+class DistilledStage(TaughtStage):
     """See `snapgen_core.train.Stage`.
 
     Args:
@@ -121,16 +120,6 @@ class DistilledStage:
         self.module = DistilledTraining(unet, discriminator, get_scale(scale).shift, PARTS if only is None else (only,)).to(memory_format=torch.channels_last)
         self.settings = TrainSettings(batch_size=64, learning_rate=2e-4, rates=(("discriminator.", 1e-3),), turns=True, steps=3_000)
 
-    @cached_property
-    def data(self) -> TrainingSet:
-        return TrainingSet(self.scale, 0)  # the scenes of `base`, whatever the seed of this stage
-
-    def prepare(self) -> None:
-        load_detector()  # as in stage base
-        self.data  # noqa: B018
-        if torch.cuda.is_available():  # as in stage kd
-            self.teacher, self.text = self.teacher.to("cuda"), self.text.to("cuda")
-
     def heads_turn(self, step: int) -> bool:
         return "adversarial" in self.module.parts and step % (TURNS + 1) < TURNS
 
@@ -141,8 +130,7 @@ class DistilledStage:
         sigmas = flow.inference_sigmas(STEPS, get_scale(self.scale).shift)
         place = torch.arange(count) % STEPS  # as many samples at every level
         batch = {"x0": x0, "context": context, "sigma": sigmas[place], "below": sigmas[place + 1], **noises}
-        reads = context.any(dim=2).any(dim=1).tolist()  # the teacher reads the whole prompt, or none where the student has none
-        teachers_context, pooled = self.text([caption if some else "" for caption, some in zip(captions, reads)])
+        teachers_context, pooled = self.read(context, captions)
         batch |= {"teachers_context": teachers_context, "pooled": pooled, "heads_turn": torch.tensor([self.heads_turn(step)])}
         if not batch["heads_turn"]:
             del batch["real_eps"]

@@ -18,7 +18,7 @@ from ..files import atomic_write
 from ..paths import cache_dir, checkpoint_dir
 from ..pipeline import load_unet
 from ..scales import get_scale
-from ..teachers import Teacher, load_teacher
+from ..teachers import Teacher, TeacherText, load_teacher
 from ..train import TrainSettings, step_generator
 from ..unet import SnapGenUNet
 from ..weights import load_model, save_half, weights_digest
@@ -65,7 +65,31 @@ class KdTraining(nn.Module):
         return loss, {name: value.detach().mean() for name, value in losses.items()}
 
 
-class KdStage:
+class TaughtStage:
+    """What the stages with a teacher beside the student share: its scenes, and how the teacher is placed and reads."""
+
+    scale: str
+    teacher: Teacher | None
+    text: TeacherText
+
+    @cached_property
+    def data(self) -> TrainingSet:
+        return TrainingSet(self.scale, 0)  # the scenes of `base`, whatever the seed of this stage
+
+    def prepare(self) -> None:
+        load_detector()  # as in stage base
+        self.data  # noqa: B018
+        if self.teacher and torch.cuda.is_available():  # only now: encoding captions needs the room, and the process its own GPU
+            self.teacher, self.text = self.teacher.to("cuda"), self.text.to("cuda")
+
+    def read(self, context: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """The teacher's context and pooled embeddings. It reads the whole prompt, whichever of the student's encoders are
+        dropped from `context` [B,L,D], but where all of them are it is unconditional, too."""
+        reads = context.any(dim=2).any(dim=1).tolist()
+        return self.text([caption if some else "" for caption, some in zip(captions, reads)])
+
+
+class KdStage(TaughtStage):
     """See `snapgen_core.train.Stage`.
 
     Args:
@@ -82,7 +106,7 @@ class KdStage:
         weights = None if constant is None else parse_weights(constant)
         options = {"teacher": teacher, "constant": weights and f"{weights[0]:g},{weights[1]:g}", "stored": stored, "t5": t5 if t5 == "no" else None}
         self.options = {name: str(value) for name, value in options.items() if value is not None}
-        self.teacher: Teacher | None = None
+        self.teacher = None
         if weights != (0, 0):
             self.teacher, self.text = load_teacher(scale, teacher, t5 != "no")
         elif teacher or stored or t5:
@@ -96,16 +120,6 @@ class KdStage:
         self.module = KdTraining(unet, projector, get_scale(scale).shift, weights).to(memory_format=torch.channels_last)
         self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, steps=5_000)
 
-    @cached_property
-    def data(self) -> TrainingSet:
-        return TrainingSet(self.scale, 0)  # the scenes of `base`, whatever the seed of this stage
-
-    def prepare(self) -> None:
-        load_detector()  # as in stage base
-        self.data  # noqa: B018
-        if self.teacher and torch.cuda.is_available():  # only now: encoding captions needs the room, and the process its own GPU
-            self.teacher, self.text = self.teacher.to("cuda"), self.text.to("cuda")
-
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         index = step % self.stored if self.stored else step
         batch, captions = draw_batch(self.data, self.settings.batch_size // world, step_generator(self.seed, index, rank), get_scale(self.scale).shift)
@@ -116,10 +130,8 @@ class KdStage:
         return batch | self.stored_answers(self.folder / f"{world}-{rank}-{index:08d}.safetensors", batch, captions)
 
     def answers(self, batch: dict[str, Tensor], captions: list[str]) -> dict[str, Tensor]:
-        """The teacher's velocity and features. It reads the whole prompt, whichever of the student's encoders are dropped,
-        but where all of them are it is unconditional, too."""
-        whole = batch["context"].any(dim=2).any(dim=1).tolist()
-        context, pooled = self.text([caption if reads else "" for caption, reads in zip(captions, whole)])
+        """The teacher's velocity and features."""
+        context, pooled = self.read(batch["context"], captions)
         device = self.teacher.transformer.device
         x = flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]).to(device)
         velocity, features = self.teacher(x, flow.TIMESTEPS * batch["sigma"].to(device), context.to(device), pooled.to(device))

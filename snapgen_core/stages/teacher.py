@@ -66,7 +66,32 @@ class TeacherData(TrainingSet):
         return self.pooled_rows[[self.places[caption] for caption in captions]]
 
 
-class TeacherStage:
+class TwinStage:
+    """What the stages of both twins share: a `module` with a transformer is scored, saved and loaded."""
+
+    scale: str
+    seed: int
+    name: str
+    module: nn.Module
+    steps, guidance = 28, 4.0  # of its drawing
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        """SceneEval, overall and by task."""
+        teacher = Teacher(self.module.transformer)
+        text = TwinText(load_text_encoders(get_scale(self.scale)).to(teacher.transformer.device))
+        return scene_eval(teacher_generator(self.scale, teacher, text, self.steps, self.guidance), 50, seed=self.seed).figures()
+
+    def save(self, root: Path) -> list[Path]:
+        save_half(self.module.transformer, root / self.name)
+        save_reference(load_autoencoder(self.scale), root / self.name)
+        return [root / self.name]
+
+    def load(self, root: Path) -> None:
+        self.module.transformer.load_state_dict(load_transformer(root / self.name, self.name).state_dict())
+
+
+class TeacherStage(TwinStage):
     """See `snapgen_core.train.Stage`."""
 
     name = "teacher"
@@ -110,18 +135,3 @@ class TeacherStage:
         """The base student's velocities."""
         device = self.student.device
         return self.student(x_t.to(device), flow.TIMESTEPS * sigma.to(device), context.to(device)).sample.contiguous().cpu()
-
-    @torch.no_grad()
-    def score(self) -> dict[str, float]:
-        """SceneEval at 28 guided steps, overall and by task."""
-        teacher = Teacher(self.module.transformer)
-        text = TwinText(load_text_encoders(get_scale(self.scale)).to(teacher.transformer.device))
-        return scene_eval(teacher_generator(self.scale, teacher, text), 50, seed=self.seed).figures()
-
-    def save(self, root: Path) -> list[Path]:
-        save_half(self.module.transformer, root / self.name)
-        save_reference(load_autoencoder(self.scale), root / self.name)
-        return [root / self.name]
-
-    def load(self, root: Path) -> None:
-        self.module.transformer.load_state_dict(load_transformer(root / self.name).state_dict())

@@ -6,7 +6,6 @@ regression on it is that of Eq. 4. Pieces of a path are straighter than the whol
 """
 
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -14,15 +13,13 @@ from torch import Tensor, nn
 
 from .. import flow
 from ..distill import output_loss
-from ..evaluate import load_detector, scene_eval, teacher_generator
-from ..latents import load_autoencoder
+from ..evaluate import load_detector
 from ..paths import checkpoint_dir
 from ..scales import get_scale
-from ..teachers import Teacher, TwinText, guided_velocity, load_transformer, save_reference
-from ..text import fuse, load_text_encoders
+from ..teachers import Teacher, guided_velocity, load_transformer
+from ..text import fuse
 from ..train import TrainSettings, step_generator
-from ..weights import save_half
-from .teacher import TeacherData
+from .teacher import TeacherData, TwinStage
 
 STEPS, LONG = 4, 28  # of the few-step teacher, of the runs that it learns from
 GUIDANCE = 4.0  # of those runs
@@ -40,11 +37,12 @@ class TurboTraining(nn.Module):
         return output_loss(target, v).mean(), {}
 
 
-class TurboStage:
+class TurboStage(TwinStage):
     """See `snapgen_core.train.Stage`."""
 
     name = "turbo"
     options: dict[str, str] = {}
+    steps, guidance = STEPS, 1.0
 
     def __init__(self, scale: str, seed: int):
         self.scale, self.seed = scale, seed
@@ -82,21 +80,6 @@ class TurboStage:
         sigmas = flow.inference_sigmas(LONG, get_scale(self.scale).shift)
         run = [noise, *(x.cpu() for _, x, _ in flow.trajectory(guided_velocity(self.guide, *both, GUIDANCE), noise.to(device), sigmas))]
         return run[:: LONG // STEPS]
-
-    @torch.no_grad()
-    def score(self) -> dict[str, float]:
-        """SceneEval at four steps without guidance, overall and by task."""
-        teacher = Teacher(self.module.transformer)
-        text = TwinText(load_text_encoders(get_scale(self.scale)).to(teacher.transformer.device))
-        return scene_eval(teacher_generator(self.scale, teacher, text, STEPS, guidance=1.0), 50, seed=self.seed).figures()
-
-    def save(self, root: Path) -> list[Path]:
-        save_half(self.module.transformer, root / self.name)
-        save_reference(load_autoencoder(self.scale), root / self.name)
-        return [root / self.name]
-
-    def load(self, root: Path) -> None:
-        self.module.transformer.load_state_dict(load_transformer(root / self.name).state_dict())
 
 
 def straight(x: Tensor, x_next: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
