@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .bench import timed
+from .devices import best_device
 from .distill import Projector
 from .profile import count_macs, count_parameters
 from .stages.kd import KdStage, KdTraining
@@ -33,7 +34,7 @@ class Step:
     """A training step of stage `kd`, its batch and its optimiser included."""
 
     def __init__(self, scale: str, options: dict, teacher=None):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self.stage = KdStage(scale, 0, **options, **({} if options.get("constant") == "0,0" else {"teacher": teacher}))
         self.module = self.stage.module.to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6, fused=True)

@@ -100,6 +100,9 @@ def _add_train(commands) -> None:
     budget.add_argument("--minutes", type=_number(float, 0.01, 10**6), metavar="M", help="train for this long")
     train.add_argument("--run-dir", type=Path, metavar="DIR",
                        help="checkpoints and log (default: exports/runs/SCALE/STAGE)")
+    train.add_argument("--batch", type=_number(int, 4, 10**6), metavar="N", help="samples a step, over all processes (default: the stage's own)")
+    train.add_argument("--rate", type=_number(float, 1e-9, 1), metavar="R", help="learning rate (default: the stage's own)")
+    train.add_argument("--scenes", type=_number(int, 1, 10**9), metavar="N", help="learn from the first N scenes (stage teacher only; default: 65536)")
     train.add_argument("--data", type=Path, metavar="FOLDER",
                        help="pictures to learn from, as files or in WebDataset shards (stage decoder only)")
     train.add_argument("--perceptual", metavar="{lite0,lpips}",

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -13,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .errors import UserError, reason
@@ -21,8 +23,9 @@ from .files import atomic_folder
 from .latents import encode, latents_digest
 from .paths import data_dir
 from .scenes import draw_scene
+from .threads import physical_cores
 
-SHARD = 4096  # scenes in a shard of cached latents
+SHARD, BATCH = 4096, 64  # scenes in a shard of cached latents, and in a batch that is encoded
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)  # Pillow raises any of them
 # The five whose licences ask for "share alike", so that no weights come from them, and a face.
@@ -52,8 +55,9 @@ class SceneLatents:
         shards = [folder / f"{start:08d}" for start in range(0, count, SHARD)]
         read = {shard: _read_shard(shard) for shard in shards}
         todo = [shard for shard in shards if read[shard] is None]
+        drawn = _draw([index for shard in todo for index in range(int(shard.name), int(shard.name) + SHARD)], seed, size)
         for shard in tqdm(todo, desc="encoding scenes", unit="shard", disable=not (progress and todo)):
-            read[shard] = _write_shard(vae, shard, seed, size)
+            read[shard] = _write_shard(vae, shard, drawn)
         self.latents = torch.cat([latents for latents, _ in read.values()])[:count]
         self.captions = [caption for _, captions in read.values() for caption in captions][:count]
 
@@ -69,13 +73,32 @@ def _read_shard(shard: Path) -> tuple[Tensor, list[str]] | None:
         return None
 
 
-def _write_shard(vae: AutoencoderKL, shard: Path, seed: int, size: int, batch: int = 64) -> tuple[Tensor, list[str]]:
-    first = int(shard.name)
+class _Scenes(Dataset):
+    """Training scenes of these numbers: (picture [3, size, size], caption)."""
+
+    def __init__(self, numbers: list[int], seed: int, size: int):
+        self.numbers, self.seed, self.size = numbers, seed, size
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, str]:
+        scene = draw_scene(self.seed, self.numbers[place], size=self.size)
+        return scene.image, scene.prompt.text
+
+
+def _draw(numbers: list[int], seed: int, size: int) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """Batches of scenes. Beside a GPU, which encodes faster than one process draws, every core draws."""
+    workers = physical_cores() if numbers and torch.cuda.is_available() else 0
+    return iter(DataLoader(_Scenes(numbers, seed, size), BATCH, num_workers=workers))
+
+
+def _write_shard(vae: AutoencoderKL, shard: Path, drawn: Iterator[tuple[Tensor, tuple[str, ...]]]) -> tuple[Tensor, list[str]]:
+    """Encode the next SHARD scenes of `drawn`."""
     latents, captions = [], []
-    for start in range(first, first + SHARD, batch):
-        scenes = [draw_scene(seed, index, size=size) for index in range(start, start + batch)]
-        latents.append(encode(vae, torch.stack([scene.image for scene in scenes])).half().cpu())
-        captions += [scene.prompt.text for scene in scenes]
+    for images, texts in islice(drawn, SHARD // BATCH):
+        latents.append(encode(vae, images).half().cpu())
+        captions += texts
     whole = torch.cat(latents).contiguous()
     with atomic_folder(shard) as temporary:
         save_file({"latents": whole}, temporary / "latents.safetensors")

@@ -26,8 +26,10 @@ def unshift(sigma: Tensor, shift: float = 3.0) -> Tensor:
 
 
 def sample_sigmas(count: int, generator: torch.Generator | None = None, shift: float = 3.0) -> Tensor:
-    """Training noise levels [count]: logit-normal with location 0 and scale 1 (Sec. 4), then the time shift."""
-    return time_shift(torch.sigmoid(torch.randn(count, generator=generator)), shift)
+    """Training noise levels [count]: logit-normal with location 0 and scale 1 (Sec. 4), then the time shift. They are on the
+    device of `generator`."""
+    device = generator.device if generator else None
+    return time_shift(torch.sigmoid(torch.randn(count, generator=generator, device=device)), shift)
 
 
 def inference_sigmas(steps: int, shift: float = 3.0) -> Tensor:

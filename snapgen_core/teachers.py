@@ -20,7 +20,7 @@ from .errors import UserError, reason
 from .latents import encode, load_autoencoder
 from .paths import checkpoint_dir
 from .scales import get_scale
-from .text import TextEncoders, load_encoder, load_text_encoders
+from .text import EmbeddingStore, TextEncoders, fuse, load_encoder, load_text_encoders
 from .weights import load_model
 
 
@@ -120,6 +120,21 @@ class TwinText:
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         empty = torch.tensor([not prompt for prompt in prompts], device=self.encoders.device)
         context, pooled = self.encoders.encode(prompts), self.encoders.pooled(prompts)
+        return context.masked_fill(empty[:, None, None], 0.0), pooled.masked_fill(empty[:, None], 0.0)
+
+
+class StoredText:
+    """The same for training captions, from where the student's text is stored."""
+
+    def __init__(self, store: EmbeddingStore):
+        self.store = store
+
+    def to(self, device: torch.device | str) -> "StoredText":
+        return self  # what is stored stays where there is room for it
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        context, pooled = fuse(*self.store.gather(prompts)), self.store.pooled(prompts)
+        empty = torch.tensor([not prompt for prompt in prompts], device=context.device)
         return context.masked_fill(empty[:, None, None], 0.0), pooled.masked_fill(empty[:, None], 0.0)
 
 

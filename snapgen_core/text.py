@@ -86,9 +86,10 @@ def drop_encoders(parts: Parts, probability: float = DROP_PROBABILITY, generator
     """Zero each encoder of each sample independently (Sec. 4, "Hyper-parameters").
 
     The network so learns every subset of the encoders, and with none of them the unconditional model that
-    classifier-free guidance needs. The draws are made on the CPU, whatever the device of `parts`.
+    classifier-free guidance needs. The draws are made on the device of `generator`.
     """
-    dropped = torch.rand(len(parts), len(parts[0]), generator=generator) < probability  # (3, B)
+    device = generator.device if generator else None
+    dropped = torch.rand(len(parts), len(parts[0]), generator=generator, device=device) < probability  # (3, B)
     return tuple(part.masked_fill(drop[:, None, None].to(part.device), 0.0) for part, drop in zip(parts, dropped))
 
 
@@ -131,19 +132,20 @@ class TextEncoders(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def features(self, name: str, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features of one encoder, fp32 [B, L, d] with L the longest prompt's length, zero after each prompt's end,
-        and the lengths [B]."""
+    def features(self, name: str, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features of one encoder, fp32 [B, L, d] with L the longest prompt's length, zero after each prompt's end;
+        the lengths [B]; and of a CLIP its projected embeddings of whole prompts, fp32 [B, p]."""
         tokens = self._tokenize(name, list(prompts))
         input_ids, model = tokens["input_ids"], getattr(self, name)
         with torch.no_grad():
             if name == "lm":
                 mask = tokens["attention_mask"].bool()
-                states = unit_rms(model(input_ids=input_ids, attention_mask=tokens["attention_mask"]).last_hidden_state)
+                states, embeds = unit_rms(model(input_ids=input_ids, attention_mask=tokens["attention_mask"]).last_hidden_state), None
             else:  # causal: what stands after the end cannot reach what stands before, so no mask is needed
                 mask = until_end(input_ids, self.tokenizers[name].eos_token_id)
-                states = model(input_ids=input_ids, output_hidden_states=True).hidden_states[-2].float()
-        return states.masked_fill(~mask[..., None], 0.0), mask.sum(dim=1)
+                outputs = model(input_ids=input_ids, output_hidden_states=True)
+                states, embeds = outputs.hidden_states[-2].float(), outputs.text_embeds.float()
+        return states.masked_fill(~mask[..., None], 0.0), mask.sum(dim=1), embeds
 
     def _tokenize(self, name: str, prompts: list[str]) -> dict[str, Tensor]:
         # Right padding for all: Gemma's tokenizer pads left by default, which would move its tokens about.
@@ -160,7 +162,7 @@ class TextEncoders(nn.Module):
         for i, name in enumerate(ENCODERS):
             part = torch.zeros(len(prompts), *self.shape.of(i), device=self.device)
             if name in use and prompts:
-                found, _ = self.features(name, prompts)
+                found, _, _ = self.features(name, prompts)
                 part[:, : found.shape[1]] = found
             parts.append(part)
         return tuple(parts)
@@ -169,13 +171,11 @@ class TextEncoders(nn.Module):
         """The fused context of `prompts`, [B, T + S, D]."""
         return fuse(*self.encode_parts(prompts, use))
 
-    @torch.no_grad()
     def pooled(self, prompts: str | Sequence[str]) -> Tensor:
         """The CLIPs' projected embeddings of whole prompts side by side, fp32 [B, pl + pg]: what SD3's transformers
         add to the timestep's embedding. The student does without."""
         prompts = _check_prompts(prompts)
-        embeds = [getattr(self, name)(input_ids=self._tokenize(name, prompts)["input_ids"]).text_embeds for name in ENCODERS[:2]]
-        return torch.cat(embeds, dim=1).float()
+        return torch.cat([self.features(name, prompts)[2] for name in ENCODERS[:2]], dim=1)
 
     def truncated(self, prompt: str, use: Iterable[str] = ENCODERS) -> str | None:
         """The end of `prompt` that no encoder in `use` reads; None if at least one reads it whole."""
@@ -296,8 +296,8 @@ class EmbeddingStore:
     """Features of captions, encoded once, kept on disk and in memory (fp16, padding left out).
 
     On disk: `folder/text-<digest>/*.safetensors`, so embeddings of other weights or token counts never mix. Every
-    shard holds `rows.<encoder>` [rows, d], `lengths` [3, captions] and, as metadata, the captions. In memory: one flat
-    tensor of rows an encoder, where a caption is `lengths` rows from `starts` on; row 0 is the padding.
+    shard holds `rows.<encoder>` [rows, d], `lengths` [3, captions], `pooled` [captions, P] and, as metadata, the captions.
+    In memory: one flat tensor of rows an encoder, where a caption is `lengths` rows from `starts` on; row 0 is the padding.
     """
 
     def __init__(self, encoders: TextEncoders, folder: Path):
@@ -307,6 +307,7 @@ class EmbeddingStore:
         self._places: dict[str, int] = {}  # caption -> column of _starts and _lengths
         self._rows = [torch.zeros(1, width, dtype=torch.float16) for width in self.shape.widths]
         self._starts = self._lengths = torch.zeros(3, 0, dtype=torch.int64)
+        self._pooled = torch.zeros(0, sum(getattr(encoders, name).config.projection_dim for name in ENCODERS[:2]), dtype=torch.float16)
         self._append([shard for path in sorted(self.folder.glob("[0-9a-f]*.safetensors")) if (shard := self._read(path))])
 
     def __len__(self) -> int:
@@ -327,7 +328,7 @@ class EmbeddingStore:
                     batch = new[start : min(start + batch_size, first + shard_size)]
                     batches.append(self._encode(batch))
                     bar.update(len(batch))
-                tensors = {key: torch.cat([b[key] for b in batches], dim=-1 if key == "lengths" else 0) for key in batches[0]}
+                tensors = {key: torch.cat([b[key] for b in batches], dim=1 if key == "lengths" else 0) for key in batches[0]}
                 shards.append((new[first : first + shard_size], tensors))
                 self._write(*shards[-1])
         self._append(shards)
@@ -339,24 +340,44 @@ class EmbeddingStore:
         Raises:
             KeyError: a caption was never added.
         """
-        places = torch.tensor([self._places[caption] for caption in captions], dtype=torch.int64)
+        places = self._find(captions)
         parts = []
         for i, rows in enumerate(self._rows):
-            position = torch.arange(self.shape.of(i)[0])
+            position = torch.arange(self.shape.of(i)[0], device=places.device)
             row = self._starts[i, places, None] + position  # (B, T)
             row[position >= self._lengths[i, places, None]] = 0
             flat = rows.index_select(0, row.flatten())  # four times as fast as rows[row]
             parts.append(flat.view(*row.shape, rows.shape[1]).float())  # (B, T, d)
         return tuple(parts)
 
+    def pooled(self, captions: Sequence[str]) -> Tensor:
+        """Their pooled embeddings, as `TextEncoders.pooled` gives them within fp16 rounding. Raises KeyError as `gather`."""
+        return self._pooled[self._find(captions)].float()
+
+    def _find(self, captions: Sequence[str]) -> Tensor:
+        return torch.tensor([self._places[caption] for caption in captions], dtype=torch.int64, device=self._lengths.device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self._rows, self._starts, self._lengths, self._pooled))
+
+    def to(self, device: torch.device) -> "EmbeddingStore":
+        """Keep what is in memory on `device`, and gather there. Nothing can be added afterwards."""
+        self._rows = [rows.to(device) for rows in self._rows]
+        self._starts, self._lengths, self._pooled = (tensor.to(device) for tensor in (self._starts, self._lengths, self._pooled))
+        self.encoders = None  # at `small` this gives 10 GB back
+        return self
+
     def _encode(self, captions: list[str]) -> dict[str, Tensor]:
-        tensors, lengths = {}, []
+        tensors, lengths, pooled = {}, [], []
         for name in ENCODERS:
-            features, length = self.encoders.features(name, captions)
+            features, length, embeds = self.encoders.features(name, captions)
             real = torch.arange(features.shape[1], device=features.device) < length[:, None]
             tensors[f"rows.{name}"] = features[real].half().cpu()
             lengths.append(length.cpu())
-        return {**tensors, "lengths": torch.stack(lengths)}
+            if embeds is not None:
+                pooled.append(embeds.half().cpu())
+        return {**tensors, "lengths": torch.stack(lengths), "pooled": torch.cat(pooled, dim=1)}
 
     def _write(self, captions: list[str], tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -367,7 +388,7 @@ class EmbeddingStore:
     def _read(self, path: Path) -> tuple[list[str], dict[str, Tensor]] | None:
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in (*(f"rows.{name}" for name in ENCODERS), "lengths", "pooled")}
                 return json.loads(file.metadata()["captions"]), tensors
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             self.damaged += 1
@@ -384,4 +405,5 @@ class EmbeddingStore:
         places = itertools.count(self._lengths.shape[1])
         self._places.update((caption, next(places)) for captions, _ in shards for caption in captions)
         self._lengths = torch.cat([self._lengths, lengths], dim=1)
+        self._pooled = torch.cat([self._pooled, *(tensors["pooled"] for _, tensors in shards)])
         self._rows = [torch.cat([rows, *(tensors[f"rows.{name}"] for _, tensors in shards)]) for name, rows in zip(ENCODERS, self._rows)]

@@ -20,7 +20,7 @@ from snapgen_core.teachers import save_reference
 from snapgen_core.text import load_text_encoders
 from snapgen_core.train import train
 from snapgen_core.weights import save_half
-from test_kd import FewScenes
+from few_scenes import FewScenes
 
 
 @pytest.fixture(scope="module")

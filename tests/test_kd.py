@@ -19,23 +19,10 @@ from snapgen_core.scales import SCALES
 from snapgen_core.stages import build_stage, kd
 from snapgen_core.stages.kd import KdStage, KdTraining, parse_weights
 from snapgen_core.teachers import save_reference
-from snapgen_core.text import drop_encoders, fuse, load_text_encoders
+from snapgen_core.text import load_text_encoders
 from snapgen_core.train import train
 from snapgen_core.weights import save_half
-
-CAPTIONS = ["a red car", "a dog", "two apples", "a dog left of a cat", "a green book"]
-
-
-class FewScenes:
-    """In place of `TrainingSet`: random latents under five captions."""
-
-    def __init__(self, encoders):
-        self.parts = encoders.encode_parts(CAPTIONS)
-
-    def draw(self, count, generator):
-        rows = torch.randint(len(CAPTIONS), (count,), generator=generator).tolist()
-        parts = drop_encoders(tuple(part[rows] for part in self.parts), generator=generator)
-        return torch.randn(count, 16, 8, 8, generator=generator), fuse(*parts), [CAPTIONS[row] for row in rows]
+from few_scenes import FewScenes
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from snapgen_core.scales import SCALES
 from snapgen_core.stages import turbo
 from snapgen_core.stages.turbo import GUIDANCE, LONG, STEPS, TurboStage
 from snapgen_core.teachers import load_teacher, save_reference
+from snapgen_core.text import load_text_encoders
 from snapgen_core.weights import save_half
-from test_teacher_stage import FewScenes
+from few_scenes import FewScenes
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def stage(tmp_path, monkeypatch):
     save_reference(load_autoencoder("tiny"), tmp_path / "teacher")
     monkeypatch.setattr(turbo, "checkpoint_dir", lambda scale: tmp_path)
     made = TurboStage("tiny", 0)
-    made.data = FewScenes()
+    made.data = FewScenes(load_text_encoders(SCALES["tiny"]))
     object.__setattr__(made.settings, "batch_size", 8)
     return made
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from .. import flow
 from ..detector import IMAGE_SIZE, THRESHOLD, Detector
+from ..devices import best_device
 from ..errors import UserError
 from ..latents import decode, load_autoencoder, load_decoder
 from ..paths import checkpoint_dir
@@ -159,7 +160,7 @@ def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder:
     """What `scene_eval` asks for, from a shipped model or the one in `folder`."""
     from .. import load
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     if stage in ("teacher", "turbo"):
         teacher, text = load_teacher(scale, folder, few_steps=stage == "turbo")
         return teacher_generator(scale, teacher.to(device), text.to(device), steps, guidance, decoder)

@@ -1,6 +1,7 @@
 """The training stages, one file each: its models, its loss, its settings."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..errors import UserError
 from ..train import Stage
@@ -30,10 +31,10 @@ def _base(scale: str, seed: int) -> Stage:
     return BaseStage(scale, seed)
 
 
-def _teacher(scale: str, seed: int) -> Stage:
+def _teacher(scale: str, seed: int, **options) -> Stage:
     from .teacher import TeacherStage
 
-    return TeacherStage(scale, seed)
+    return TeacherStage(scale, seed, **options)
 
 
 def _kd(scale: str, seed: int, **options) -> Stage:
@@ -100,12 +101,12 @@ STAGES: dict[str, Callable[..., Stage]] = {
     "distilled": _distilled,
     "ablation": _ablation,
 }
-OPTIONS = {"decoder": ("data", "perceptual"), "kd": ("teacher", "constant", "stored", "t5"), "distilled": ("teacher", "only", "t5")}  # what a stage takes beside these two
+OPTIONS = {"decoder": ("data", "perceptual"), "teacher": ("scenes",), "kd": ("teacher", "constant", "stored", "t5"), "distilled": ("teacher", "only", "t5")}  # what a stage takes beside these two
 
 
-def build_stage(name: str, scale: str, seed: int = 0, **options) -> Stage:
-    """The stage `name`; options that are None count as not given. Raises UserError for an unknown one, or for options that
-    it does not take."""
+def build_stage(name: str, scale: str, seed: int = 0, batch: int | None = None, rate: float | None = None, **options) -> Stage:
+    """The stage `name`, with another batch size or learning rate than its own if these are given; options that are None
+    count as not given. Raises UserError for an unknown stage, or for options that it does not take."""
     if name not in STAGES:
         raise UserError(f"unknown stage {name!r}: choose one of {', '.join(STAGES)}")
     options = {key: value for key, value in options.items() if value is not None}
@@ -113,4 +114,9 @@ def build_stage(name: str, scale: str, seed: int = 0, **options) -> Stage:
         if key not in OPTIONS.get(name, ()):
             takers = [stage for stage, keys in OPTIONS.items() if key in keys]
             raise UserError(f"stage {name} takes no --{key}, only {', '.join(takers)} does")
-    return STAGES[name](scale, seed, **options)
+    stage = STAGES[name](scale, seed, **options)
+    if batch is not None:
+        stage.settings, stage.options = replace(stage.settings, batch_size=batch), stage.options | {"batch": str(batch)}
+    if rate is not None:
+        stage.settings, stage.options = replace(stage.settings, learning_rate=rate), stage.options | {"rate": f"{rate:g}"}
+    return stage

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import flow
 from ..data import SceneLatents
+from ..devices import best_device, has_room
 from ..evaluate import evaluate_unet, load_detector
 from ..latents import load_autoencoder
 from ..paths import cache_dir
@@ -37,16 +38,18 @@ class TrainingSet:
     """Latents and text embeddings of the training scenes, computed once and cached on disk."""
 
     def __init__(self, scale: str, seed: int, count: int = SCENES, progress: bool = True):
-        config, device = get_scale(scale), "cuda" if torch.cuda.is_available() else "cpu"
+        config, device = get_scale(scale), best_device()
         self.scenes = SceneLatents(load_autoencoder(scale).to(device), cache_dir(scale), count, seed, config.image_size, progress)
         self.embeddings = EmbeddingStore(load_text_encoders(config).to(device), cache_dir(scale))
-        self.embeddings.add(self.scenes.captions, progress=progress)
-        self.embeddings.encoders = None  # all is encoded: at `small` this gives 10 GB back
+        self.embeddings.add(["", *self.scenes.captions], progress=progress)  # "" is a twin's unconditional prompt
+        home = device if has_room(device, self.scenes.latents.nbytes + self.embeddings.nbytes) else "cpu"
+        self.scenes.latents, self.embeddings = self.scenes.latents.to(home), self.embeddings.to(home)
 
     def pick(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-        """Latents [B,16,h,w] and captions of random scenes."""
-        rows = torch.randint(len(self.scenes.latents), (count,), generator=generator)
-        return self.scenes.latents[rows].float(), [self.scenes.captions[i] for i in rows.tolist()]
+        """Latents [B,16,h,w], on the device of `generator`, and captions of random scenes."""
+        latents, device = self.scenes.latents, generator.device
+        rows = torch.randint(len(latents), (count,), generator=generator, device=device)
+        return latents[rows.to(latents.device)].to(device).float(), [self.scenes.captions[i] for i in rows.tolist()]
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
         """The same with the captions' context [B,L,D] between: each text encoder is dropped independently (Sec. 4)."""
@@ -57,7 +60,7 @@ class TrainingSet:
 def draw_batch(data: TrainingSet, count: int, generator: torch.Generator, shift: float) -> tuple[dict[str, Tensor], list[str]]:
     """What `BaseTraining` takes: random scenes of `data`, fresh noise, and noise levels of Sec. 4. And the scenes' captions."""
     x0, context, captions = data.draw(count, generator)
-    eps = torch.randn(x0.shape, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator, device=generator.device)
     return {"x0": x0, "eps": eps, "sigma": flow.sample_sigmas(count, generator, shift), "context": context}, captions
 
 
@@ -82,7 +85,8 @@ class BaseStage:
         self.data  # noqa: B018
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        return draw_batch(self.data, self.settings.batch_size // world, step_generator(self.seed, step, rank), get_scale(self.scale).shift)[0]
+        generator = step_generator(self.seed, step, rank, best_device())
+        return draw_batch(self.data, self.settings.batch_size // world, generator, get_scale(self.scale).shift)[0]
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:

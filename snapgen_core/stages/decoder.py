@@ -11,6 +11,7 @@ from ..adversarial import PatchDiscriminator, adaptive_weight, discriminator_los
 from ..crops import PictureCrops
 from ..data import load_test_photos
 from ..decoder import TinyDecoder
+from ..devices import best_device
 from ..errors import UserError
 from ..evaluate.fidelity import colour_error, psnr, ssim
 from ..latents import encode, load_autoencoder, load_decoder, reconstruct
@@ -93,7 +94,7 @@ class DecoderStage:
     @cached_property
     def vae(self):
         vae = load_autoencoder(self.scale, None if get_scale(self.scale).hub else checkpoint_dir(self.scale) / self.encoder)
-        return vae.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
+        return vae.to(best_device(), memory_format=torch.channels_last)
 
     def prepare(self) -> None:
         self.vae  # noqa: B018

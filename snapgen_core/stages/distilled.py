@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .. import flow
 from ..adversarial import LatentDiscriminator, discriminator_loss, gradient_penalty
 from ..diagnostics import concerns
+from ..devices import best_device
 from ..distill import output_loss, scaled
 from ..evaluate import evaluate_unet
 from ..evaluate.variety import diversity
@@ -124,11 +125,11 @@ class DistilledStage(TaughtStage):
         return "adversarial" in self.module.parts and step % (TURNS + 1) < TURNS
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        generator, count = step_generator(self.seed, step, rank), self.settings.batch_size // world
+        generator, count = step_generator(self.seed, step, rank, best_device()), self.settings.batch_size // world
         x0, context, captions = self.data.draw(count, generator)
-        noises = {name: torch.randn(x0.shape, generator=generator) for name in ("eps", "made_eps", "real_eps")}
-        sigmas = flow.inference_sigmas(STEPS, get_scale(self.scale).shift)
-        place = torch.arange(count) % STEPS  # as many samples at every level
+        noises = {name: torch.randn(x0.shape, generator=generator, device=x0.device) for name in ("eps", "made_eps", "real_eps")}
+        sigmas = flow.inference_sigmas(STEPS, get_scale(self.scale).shift).to(x0.device)
+        place = torch.arange(count, device=x0.device) % STEPS  # as many samples at every level
         batch = {"x0": x0, "context": context, "sigma": sigmas[place], "below": sigmas[place + 1], **noises}
         teachers_context, pooled = self.read(context, captions)
         batch |= {"teachers_context": teachers_context, "pooled": pooled, "heads_turn": torch.tensor([self.heads_turn(step)])}

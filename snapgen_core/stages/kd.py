@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import flow
+from ..devices import best_device
 from ..distill import Projector, constant_weights, feature_loss, multi_level, output_loss
 from ..errors import UserError
 from ..evaluate import evaluate_unet, load_detector
@@ -18,7 +19,7 @@ from ..files import atomic_write
 from ..paths import cache_dir, checkpoint_dir
 from ..pipeline import load_unet
 from ..scales import get_scale
-from ..teachers import Teacher, TeacherText, load_teacher
+from ..teachers import StoredText, Teacher, TeacherText, TwinText, load_teacher
 from ..train import TrainSettings, step_generator
 from ..unet import SnapGenUNet
 from ..weights import load_model, save_half, weights_digest
@@ -79,8 +80,10 @@ class TaughtStage:
     def prepare(self) -> None:
         load_detector()  # as in stage base
         self.data  # noqa: B018
-        if self.teacher and torch.cuda.is_available():  # only now: encoding captions needs the room, and the process its own GPU
-            self.teacher, self.text = self.teacher.to("cuda"), self.text.to("cuda")
+        if self.teacher:  # only now: encoding captions needs the room, and the process its own GPU
+            if isinstance(self.text, TwinText):
+                self.text = StoredText(self.data.embeddings)  # it reads what the student reads
+            self.teacher, self.text = self.teacher.to(best_device()), self.text.to(best_device())
 
     def read(self, context: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
         """The teacher's context and pooled embeddings. It reads the whole prompt, whichever of the student's encoders are
@@ -122,12 +125,16 @@ class KdStage(TaughtStage):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         index = step % self.stored if self.stored else step
-        batch, captions = draw_batch(self.data, self.settings.batch_size // world, step_generator(self.seed, index, rank), get_scale(self.scale).shift)
+        batch, captions = self.drawn(index, self.settings.batch_size // world, rank)
         if self.teacher is None:
             return batch
         if not self.stored:
             return batch | self.answers(batch, captions)
         return batch | self.stored_answers(self.folder / f"{world}-{rank}-{index:08d}.safetensors", batch, captions)
+
+    def drawn(self, index: int, count: int, rank: int = 0) -> tuple[dict[str, Tensor], list[str]]:
+        """Batch number `index` without the teacher's part, and its captions."""
+        return draw_batch(self.data, count, step_generator(self.seed, index, rank, best_device()), get_scale(self.scale).shift)
 
     def answers(self, batch: dict[str, Tensor], captions: list[str]) -> dict[str, Tensor]:
         """The teacher's velocity and features."""
@@ -153,7 +160,7 @@ class KdStage(TaughtStage):
     def folder(self) -> Path:
         """Where answers are stored: named by the teacher's weights, by the first batch and by how the teacher reads it, and by
         whether features are kept: by all that decides on the files' content."""
-        batch, captions = draw_batch(self.data, self.settings.batch_size, step_generator(self.seed, 0), get_scale(self.scale).shift)
+        batch, captions = self.drawn(0, self.settings.batch_size)
         total = hashlib.sha256(f"{weights_digest(self.teacher)} {captions} {self.module.projector is None}".encode())
         for tensor in (*batch.values(), *self.text(captions)):
             total.update(tensor.float().cpu().contiguous().numpy().data)

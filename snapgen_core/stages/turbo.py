@@ -12,14 +12,13 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from .. import flow
+from ..devices import best_device
 from ..distill import output_loss
-from ..evaluate import load_detector
 from ..paths import checkpoint_dir
 from ..scales import get_scale
 from ..teachers import Teacher, guided_velocity, load_transformer
-from ..text import fuse
 from ..train import TrainSettings, step_generator
-from .teacher import TeacherData, TwinStage
+from .teacher import TwinStage
 
 STEPS, LONG = 4, 28  # of the few-step teacher, of the runs that it learns from
 GUIDANCE = 4.0  # of those runs
@@ -50,24 +49,20 @@ class TurboStage(TwinStage):
         self.settings = TrainSettings(batch_size=64, learning_rate=2e-4, steps=2_000)
 
     @cached_property
-    def data(self) -> TeacherData:
-        return TeacherData(self.scale, 0)
-
-    @cached_property
     def guide(self) -> Teacher:
-        return Teacher(load_transformer(checkpoint_dir(self.scale) / "teacher")).to("cuda" if torch.cuda.is_available() else "cpu")
+        return Teacher(load_transformer(checkpoint_dir(self.scale) / "teacher")).to(best_device())
 
     def prepare(self) -> None:
-        load_detector()  # as in stage base
-        self.guide, self.data  # noqa: B018
+        super().prepare()
+        self.guide  # noqa: B018
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """The pieces of a few long runs: each gives one sample for every level."""
-        generator = step_generator(self.seed, step, rank)
+        generator = step_generator(self.seed, step, rank, best_device())
         latents, captions = self.data.pick(self.settings.batch_size // world // STEPS, generator)
-        context, pooled = fuse(*self.data.embeddings.gather(captions)), self.data.pooled(captions)
-        places = self.places(torch.randn(latents.shape, generator=generator), context, pooled)
-        sigmas = flow.inference_sigmas(STEPS, get_scale(self.scale).shift)
+        context, pooled = self.text(captions)
+        places = self.places(torch.randn(latents.shape, generator=generator, device=latents.device), context, pooled)
+        sigmas = flow.inference_sigmas(STEPS, get_scale(self.scale).shift).to(latents.device)
         target = torch.cat([straight(x, x_next, *pair) for x, x_next, pair in zip(places, places[1:], zip(sigmas, sigmas[1:]))])
         sigma = sigmas[:-1].repeat_interleave(len(captions))
         return {"x": torch.cat(places[:-1]), "target": target, "sigma": sigma, "context": context.repeat(STEPS, 1, 1), "pooled": pooled.repeat(STEPS, 1)}
@@ -75,10 +70,9 @@ class TurboStage(TwinStage):
     @torch.no_grad()
     def places(self, noise: Tensor, context: Tensor, pooled: Tensor) -> list[Tensor]:
         """Where long guided runs from `noise` [B,16,h,w] are at the STEPS + 1 levels of short ones."""
-        device = self.guide.transformer.device
-        both = (torch.cat([torch.zeros_like(part), part]).to(device) for part in (context, pooled))
+        both = (torch.cat([torch.zeros_like(part), part]).to(noise.device) for part in (context, pooled))
         sigmas = flow.inference_sigmas(LONG, get_scale(self.scale).shift)
-        run = [noise, *(x.cpu() for _, x, _ in flow.trajectory(guided_velocity(self.guide, *both, GUIDANCE), noise.to(device), sigmas))]
+        run = [noise, *(x for _, x, _ in flow.trajectory(guided_velocity(self.guide, *both, GUIDANCE), noise, sigmas))]
         return run[:: LONG // STEPS]
 
 

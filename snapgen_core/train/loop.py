@@ -28,7 +28,7 @@ from ..files import append_jsonl, atomic_folder, atomic_write, git_commit, write
 from ..memory import keep_freed_memory
 from ..paths import checkpoint_dir
 from .checkpoints import Ema, load_checkpoint, restore, save_checkpoint
-from .records import loss_curve, shipped_origin, trainings, trim_log
+from .records import loss_curve, shipped_origin, trim_log
 from .stage import Stage, TrainSettings
 
 
@@ -93,7 +93,6 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     if resumed[1]["origin"] if resumed else warm_start:
         stage.load(checkpoint_dir(stage.scale))  # also before a resume: a warm stage may keep parts of it frozen
     origin = resumed[1]["origin"] if resumed else shipped_origin(stage) if warm_start else None
-    stage.before = sum(run["steps"] for run in trainings(origin)) if origin else 0
     with accelerator.main_process_first():  # one process fills the caches, the others find them
         stage.prepare()
 

@@ -34,7 +34,6 @@ class Stage(Protocol):
     seed: int
     settings: TrainSettings
     options: dict[str, str]  # of `snapgen train`, beside seed and scale, that decide on the batches: {"data": FOLDER}
-    before: int  # steps of the trainings whose weights a warm start began with; the loop sets it
     module: nn.Module  # all that is trained; forward(**batch) returns (loss, {figure: scalar tensor})
 
     def prepare(self) -> None:
@@ -56,7 +55,8 @@ class Stage(Protocol):
     # checkpoint, with the averaged state of `module`, it looks at how the training goes.
 
 
-def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """The generator of everything random in one step."""
+def step_generator(seed: int, step: int, rank: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of everything random in one step. Other devices draw other numbers, so a run is to be resumed on the kind
+    of device on which it began."""
     mixed = (seed * 1_000_003 + step) * 4_099 + rank
-    return torch.Generator().manual_seed(mixed % 2**63)
+    return torch.Generator(device).manual_seed(mixed % 2**63)
