@@ -5,8 +5,8 @@ As in `flow.flow_matching_loss` the norms are means over elements, which only re
 distillation loss out again.
 
 Three readings are ours, where the paper leaves room. In Eq. 7, t is the timestep before the time shift, the one that is
-logit-normal; and the magnitudes in the ratio are those of each sample, not means over the samples near t. In Eq. 5, the
-"last layer" of a UNet is the last transformer of its lowest resolution, where most of its transformers are.
+logit-normal; and the magnitudes in the ratio are mean losses at t, as Fig. 6 shows them, estimated from the batch. In Eq. 5,
+the "last layer" of a UNet is the last transformer of its lowest resolution, where most of its transformers are.
 """
 
 import torch
@@ -59,14 +59,25 @@ def task_weight(t: Tensor) -> Tensor:
     return torch.exp(-torch.logit(inside).square() / 2) / (4 * inside * (1 - inside))
 
 
+def mean_near(losses: Tensor, t: Tensor, width: float = 0.5) -> Tensor:
+    """The mean loss at each sample's timestep, [B], from losses [B] at timesteps t [B]: those nearby count, too.
+
+    Distances are taken in logit(t), where the timesteps of a batch are standard normal, with a Gaussian of this `width`. A
+    sample alone would say how lucky it was, not how large the loss is at its timestep.
+    """
+    place = torch.logit(t.clamp(1e-6, 1 - 1e-6))
+    near = torch.softmax(-(place[:, None] - place).square() / (2 * width**2), dim=1)  # (B, B), rows sum to 1
+    return near.to(losses.dtype) @ losses
+
+
 def scaled(task: Tensor, distillation: Tensor, t: Tensor) -> Tensor:
     """S of Eq. 7: task loss [B] and distillation loss [B] at timesteps t [B] -> scalar.
 
-    |L_task| / |L_kd| is taken at each sample's own timestep and carries no gradient: the value of the second term is the
-    task loss, its gradient that of the distillation loss on the task's scale.
+    |L_task| / |L_kd| is taken at each sample's timestep and carries no gradient: it brings the distillation loss and its
+    gradient to the task's scale there.
     """
     weight = task_weight(t)
-    ratio = task.detach() / distillation.detach().clamp(min=1e-12)
+    ratio = mean_near(task.detach(), t) / mean_near(distillation.detach(), t).clamp(min=1e-12)
     return (weight * task + (1 - weight) * ratio * distillation).mean()
 
 

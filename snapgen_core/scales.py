@@ -74,7 +74,7 @@ SCALES = {
     "paper": Scale("paper", image_size=1024, clip_tokens=77, lm_tokens=77, context_dim=2304, hub=_SD35, teacher_hub=_SD35_LARGE, turbo_hub=_SD35_TURBO),
 }
 SCALE_NAMES = tuple(SCALES)
-PICTURE_STAGES = ("base", "kd")  # students that draw; a later chapter adds distilled
+PICTURE_STAGES = ("base", "kd", "distilled")  # students that draw
 PICTURE_DECODERS = ("full", "tiny")  # the autoencoder's own, or that of Sec. 3.2
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from snapgen_core.distill import Projector, constant_weights, feature_loss, multi_level, output_loss, scaled, task_weight
+from snapgen_core.distill import Projector, constant_weights, feature_loss, mean_near, multi_level, output_loss, scaled, task_weight
 
 
 def losses(count=5, seed=0):
@@ -57,17 +57,32 @@ def test_scaling_by_hand():
     for one, other, time in zip(task.tolist(), outputs.tolist(), t.tolist()):
         logit = math.log(time / (1 - time))
         weight = math.exp(-(logit**2) / 2) / (4 * time * (1 - time))
-        total += weight * one + (1 - weight) * (one / other) * other
+        near = [math.exp(-2 * (math.log(u / (1 - u)) - logit) ** 2) for u in t.tolist()]  # a Gaussian half a unit wide
+        magnitudes = [sum(n * value for n, value in zip(near, values.tolist())) for values in (task, outputs)]
+        total += weight * one + (1 - weight) * magnitudes[0] / magnitudes[1] * other
     assert scaled(task, outputs, t).item() == pytest.approx(total / len(t), rel=1e-5)
+
+
+def test_mean_losses_near_a_timestep_find_the_curve_beneath():
+    """Noisy losses around a known curve over t: the estimate is far nearer to it than single losses are."""
+    generator = torch.Generator().manual_seed(0)
+    t = torch.sigmoid(torch.randn(512, generator=generator))
+    curve = 1 + (2 * t - 1).square()
+    noisy = curve * torch.rand(512, generator=generator) * 2
+    inside = (t > 0.1) & (t < 0.9)
+    error = (mean_near(noisy, t) - curve)[inside].square().mean()
+    assert error < 0.05 * (noisy - curve)[inside].square().mean()
+    alone = torch.tensor([1e-9, 0.2, 0.5, 0.8])
+    assert torch.allclose(mean_near(curve[:4], alone, width=1e-3), curve[:4])  # nobody is near
 
 
 def test_gradients_of_the_scaled_loss():
     """lambda dL_task + (1 - lambda) |L_task| / |L_kd| dL_kd, with the ratio as a constant."""
     task, outputs, _, t, weights = losses()
     d_task, d_outputs, _ = torch.autograd.grad(scaled(task, outputs, t), weights, allow_unused=True)
-    weight = task_weight(t)
+    weight, ratio = task_weight(t), mean_near(task, t) / mean_near(outputs, t)
     assert d_task.item() == pytest.approx((weight * 2 * task / weights[0]).mean().item(), rel=1e-5)
-    assert d_outputs.item() == pytest.approx(((1 - weight) * task / outputs * 2 * outputs / weights[1]).mean().item(), rel=1e-5)
+    assert d_outputs.item() == pytest.approx(((1 - weight) * ratio * 2 * outputs / weights[1]).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1e-4, 3.0, 1e4])

@@ -87,7 +87,7 @@ def check_binned_ratio(answer: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
         places = (t * bins).long()
         expected = torch.stack([task[places == place].mean() / distillation[places == place].mean() for place in places]).detach()
         if close(value, (task / distillation).detach()) and not close(value, expected):
-            return wrong("that is each sample's own ratio, as in the library. Here it is that of all samples in its bin.")
+            return wrong("that is each sample's own ratio. Here it is that of all samples in its bin.")
         if close(value, (task.mean() / distillation.mean()).detach().expand(8)) and not close(value, expected):
             return wrong("that is the batch's ratio. Timesteps differ in both losses: go bin by bin.")
         means = torch.stack([(task / distillation)[places == place].mean() for place in places]).detach()
@@ -97,4 +97,4 @@ def check_binned_ratio(answer: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
             return wrong(f"with {bins} bins the ratios are not right. Which bin is t in? int(t * bins).")
         if value.requires_grad:
             return wrong("the ratios are right, but they carry a gradient: detach them.")
-    return right("a calmer estimate of the same ratio, from more than one sample. With one bin it is the batch's.")
+    return right("another estimate of the same ratio. With one bin it is the batch's, with very many each sample's own.")

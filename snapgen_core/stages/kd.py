@@ -128,9 +128,13 @@ class KdStage(TaughtStage):
         batch, captions = self.drawn(index, self.settings.batch_size // world, rank)
         if self.teacher is None:
             return batch
-        if not self.stored:
-            return batch | self.answers(batch, captions)
-        return batch | self.stored_answers(self.folder / f"{world}-{rank}-{index:08d}.safetensors", batch, captions)
+        if self.stored:
+            answers = self.stored_answers(self.folder / f"{world}-{rank}-{index:08d}.safetensors", batch, captions)
+        else:
+            answers = self.answers(batch, captions)
+        if self.module.projector is None:
+            del answers["features"]
+        return batch | answers
 
     def drawn(self, index: int, count: int, rank: int = 0) -> tuple[dict[str, Tensor], list[str]]:
         """Batch number `index` without the teacher's part, and its captions."""
@@ -142,10 +146,11 @@ class KdStage(TaughtStage):
         device = self.teacher.transformer.device
         x = flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]).to(device)
         velocity, features = self.teacher(x, flow.TIMESTEPS * batch["sigma"].to(device), context.to(device), pooled.to(device))
-        return {"velocity": velocity} | ({} if self.module.projector is None else {"features": features})
+        return {"velocity": velocity, "features": features}
 
     def stored_answers(self, path: Path, batch: dict[str, Tensor], captions: list[str]) -> dict[str, Tensor]:
-        """`answers` from `path` in 16 bits; what is not there yet or is damaged is computed and written."""
+        """`answers` from `path` in 16 bits; what is not there yet or is damaged is computed and written. Features always are
+        among them, so that runs with other weights find the same answers."""
         try:
             return load_file(path)
         except (OSError, SafetensorError):
@@ -158,10 +163,10 @@ class KdStage(TaughtStage):
 
     @cached_property
     def folder(self) -> Path:
-        """Where answers are stored: named by the teacher's weights, by the first batch and by how the teacher reads it, and by
-        whether features are kept: by all that decides on the files' content."""
+        """Where answers are stored: named by the teacher's weights, by the first batch and by how the teacher reads it: by all
+        that decides on the files' content."""
         batch, captions = self.drawn(0, self.settings.batch_size)
-        total = hashlib.sha256(f"{weights_digest(self.teacher)} {captions} {self.module.projector is None}".encode())
+        total = hashlib.sha256(f"{weights_digest(self.teacher)} {captions}".encode())
         for tensor in (*batch.values(), *self.text(captions)):
             total.update(tensor.float().cpu().contiguous().numpy().data)
         return cache_dir(self.scale) / f"teacher-{total.hexdigest()[:16]}"
