@@ -4,6 +4,7 @@ from .efficient_unet import check_design, check_layer_macs, check_separable
 from .flow_matching import check_endpoints, check_heun, check_share_above
 from .knowledge_distillation import check_binned_ratio, check_half_weight, check_teachers_share
 from .start_here import check_fusion, check_judge, check_numbers
+from .step_distillation import check_penalty, check_straight_loss, check_three_levels
 from .tiny_decoder import check_decoder_design, check_reach, check_residual
 from .verdict import Verdict
 
@@ -19,9 +20,12 @@ __all__ = [
     "check_judge",
     "check_layer_macs",
     "check_numbers",
+    "check_penalty",
     "check_reach",
     "check_residual",
     "check_separable",
     "check_share_above",
+    "check_straight_loss",
     "check_teachers_share",
+    "check_three_levels",
 ]

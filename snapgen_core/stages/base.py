@@ -19,6 +19,7 @@ from ..train import TrainSettings, step_generator
 from ..unet import SnapGenUNet
 from ..weights import save_half
 
+DROP_WHOLE = 0.1  # how often the stages with a teacher drop the whole text; here that comes of dropping each encoder (Sec. 4)
 SCENES = 65_536  # scenes in the cached training set; their text embeddings take about 1 GB of memory
 
 
@@ -55,6 +56,13 @@ class TrainingSet:
         """The same with the captions' context [B,L,D] between: each text encoder is dropped independently (Sec. 4)."""
         latents, captions = self.pick(count, generator)
         return latents, fuse(*drop_encoders(self.embeddings.gather(captions), generator=generator)), captions
+
+
+def draw_prompts(data: TrainingSet, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Latents [B,16,h,w] and prompts of random scenes; one prompt in ten is "", for guidance."""
+    latents, captions = data.pick(count, generator)
+    dropped = torch.rand(count, generator=generator, device=generator.device) < DROP_WHOLE
+    return latents, ["" if drop else caption for caption, drop in zip(captions, dropped.tolist())]
 
 
 def draw_batch(data: TrainingSet, count: int, generator: torch.Generator, shift: float) -> tuple[dict[str, Tensor], list[str]]:

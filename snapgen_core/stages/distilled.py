@@ -126,12 +126,12 @@ class DistilledStage(TaughtStage):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         generator, count = step_generator(self.seed, step, rank, best_device()), self.settings.batch_size // world
-        x0, context, captions = self.data.draw(count, generator)
+        x0, context, prompts = self.draw(count, generator)
         noises = {name: torch.randn(x0.shape, generator=generator, device=x0.device) for name in ("eps", "made_eps", "real_eps")}
         sigmas = flow.inference_sigmas(STEPS, get_scale(self.scale).shift).to(x0.device)
         place = torch.arange(count, device=x0.device) % STEPS  # as many samples at every level
         batch = {"x0": x0, "context": context, "sigma": sigmas[place], "below": sigmas[place + 1], **noises}
-        teachers_context, pooled = self.read(context, captions)
+        teachers_context, pooled = self.text(prompts)
         batch |= {"teachers_context": teachers_context, "pooled": pooled, "heads_turn": torch.tensor([self.heads_turn(step)])}
         if not batch["heads_turn"]:
             del batch["real_eps"]

@@ -23,7 +23,7 @@ from ..teachers import StoredText, Teacher, TeacherText, TwinText, load_teacher
 from ..train import TrainSettings, step_generator
 from ..unet import SnapGenUNet
 from ..weights import load_model, save_half, weights_digest
-from .base import TrainingSet, draw_batch
+from .base import TrainingSet, draw_prompts
 
 
 class KdTraining(nn.Module):
@@ -85,11 +85,14 @@ class TaughtStage:
                 self.text = StoredText(self.data.embeddings)  # it reads what the student reads
             self.teacher, self.text = self.teacher.to(best_device()), self.text.to(best_device())
 
-    def read(self, context: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """The teacher's context and pooled embeddings. It reads the whole prompt, whichever of the student's encoders are
-        dropped from `context` [B,L,D], but where all of them are it is unconditional, too."""
-        reads = context.any(dim=2).any(dim=1).tolist()
-        return self.text([caption if some else "" for caption, some in zip(captions, reads)])
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """Latents [B,16,h,w], the student's context [B,L,D], and the prompts, which the teacher reads too.
+
+        This step uses "all three text-encoders" (Sec. 4): no single one is dropped. With one missing, the teacher's answer to
+        the whole prompt would be as much of a guess for the student as the data are.
+        """
+        latents, prompts = draw_prompts(self.data, count, generator)
+        return latents, StoredText(self.data.embeddings)(prompts)[0], prompts
 
 
 class KdStage(TaughtStage):
@@ -125,37 +128,41 @@ class KdStage(TaughtStage):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         index = step % self.stored if self.stored else step
-        batch, captions = self.drawn(index, self.settings.batch_size // world, rank)
+        batch, prompts = self.drawn(index, self.settings.batch_size // world, rank)
         if self.teacher is None:
             return batch
         if self.stored:
-            answers = self.stored_answers(self.folder / f"{world}-{rank}-{index:08d}.safetensors", batch, captions)
+            answers = self.stored_answers(self.folder / f"{world}-{rank}-{index:08d}.safetensors", batch, prompts)
         else:
-            answers = self.answers(batch, captions)
+            answers = self.answers(batch, prompts)
         if self.module.projector is None:
             del answers["features"]
         return batch | answers
 
     def drawn(self, index: int, count: int, rank: int = 0) -> tuple[dict[str, Tensor], list[str]]:
-        """Batch number `index` without the teacher's part, and its captions."""
-        return draw_batch(self.data, count, step_generator(self.seed, index, rank, best_device()), get_scale(self.scale).shift)
+        """Batch number `index` without the teacher's part, and its prompts."""
+        generator = step_generator(self.seed, index, rank, best_device())
+        x0, context, prompts = self.draw(count, generator)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+        sigma = flow.sample_sigmas(count, generator, get_scale(self.scale).shift)
+        return {"x0": x0, "eps": eps, "sigma": sigma, "context": context}, prompts
 
-    def answers(self, batch: dict[str, Tensor], captions: list[str]) -> dict[str, Tensor]:
+    def answers(self, batch: dict[str, Tensor], prompts: list[str]) -> dict[str, Tensor]:
         """The teacher's velocity and features."""
-        context, pooled = self.read(batch["context"], captions)
+        context, pooled = self.text(prompts)
         device = self.teacher.transformer.device
         x = flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]).to(device)
         velocity, features = self.teacher(x, flow.TIMESTEPS * batch["sigma"].to(device), context.to(device), pooled.to(device))
         return {"velocity": velocity, "features": features}
 
-    def stored_answers(self, path: Path, batch: dict[str, Tensor], captions: list[str]) -> dict[str, Tensor]:
+    def stored_answers(self, path: Path, batch: dict[str, Tensor], prompts: list[str]) -> dict[str, Tensor]:
         """`answers` from `path` in 16 bits; what is not there yet or is damaged is computed and written. Features always are
         among them, so that runs with other weights find the same answers."""
         try:
             return load_file(path)
         except (OSError, SafetensorError):
             pass
-        answers = {name: (value.half() if value.dtype == torch.float32 else value).cpu().contiguous() for name, value in self.answers(batch, captions).items()}
+        answers = {name: (value.half() if value.dtype == torch.float32 else value).cpu().contiguous() for name, value in self.answers(batch, prompts).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             save_file(answers, part)
@@ -165,9 +172,9 @@ class KdStage(TaughtStage):
     def folder(self) -> Path:
         """Where answers are stored: named by the teacher's weights, by the first batch and by how the teacher reads it: by all
         that decides on the files' content."""
-        batch, captions = self.drawn(0, self.settings.batch_size)
-        total = hashlib.sha256(f"{weights_digest(self.teacher)} {captions}".encode())
-        for tensor in (*batch.values(), *self.text(captions)):
+        batch, prompts = self.drawn(0, self.settings.batch_size)
+        total = hashlib.sha256(f"{weights_digest(self.teacher)} {prompts}".encode())
+        for tensor in (*batch.values(), *self.text(prompts)):
             total.update(tensor.float().cpu().contiguous().numpy().data)
         return cache_dir(self.scale) / f"teacher-{total.hexdigest()[:16]}"
 

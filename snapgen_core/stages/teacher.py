@@ -20,12 +20,7 @@ from ..teachers import StoredText, Teacher, TeacherText, TwinText, build_twin, l
 from ..text import load_text_encoders
 from ..train import TrainSettings, step_generator
 from ..weights import save_half
-from .base import SCENES, TrainingSet
-
-# The text is dropped whole, for guidance, and never one encoder alone: the student has to work with any subset of them on a
-# phone (Sec. 4), its teacher always has all three. Nine of ten samples so show it the whole prompt, of the student's one in six.
-DROP_PROBABILITY = 0.1
-
+from .base import SCENES, TrainingSet, draw_prompts
 
 class TeacherTraining(nn.Module):
     """forward(x0, eps [B,16,h,w], sigma [B], context [B,L,D], pooled [B,P]) -> (Eq. 2, figures)."""
@@ -95,9 +90,9 @@ class TeacherStage(TwinStage):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         generator = step_generator(self.seed, step, rank, best_device())
-        x0, captions = self.data.pick(self.settings.batch_size // world, generator)
-        dropped = torch.rand(len(x0), generator=generator, device=x0.device) < DROP_PROBABILITY
-        context, pooled = self.text(["" if drop else caption for caption, drop in zip(captions, dropped.tolist())])
+        # Never one encoder alone: the base student has to work with any subset on a phone (Sec. 4), a teacher has all three.
+        x0, prompts = draw_prompts(self.data, self.settings.batch_size // world, generator)
+        context, pooled = self.text(prompts)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         sigma = flow.sample_sigmas(len(x0), generator, get_scale(self.scale).shift)
         return {"x0": x0, "eps": eps, "sigma": sigma, "context": context, "pooled": pooled}
