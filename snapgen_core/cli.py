@@ -155,6 +155,17 @@ def _add_prepare(commands) -> None:
                          help="the first N scenes, in steps of 4,096 (default: all that stage base trains on)")
 
 
+def _add_export(commands) -> None:
+    export = _add(commands, "export", "write a model as Core ML packages, for a phone",
+                  "  snapgen export --verify\n"
+                  "  snapgen export --stage kd --target iOS17 --out phone")
+    export.add_argument("--stage", choices=PICTURE_STAGES, default="base", help="which model (default: base)")
+    export.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a student in place of the shipped one, such as RUN_DIR/weights/base of a training")
+    export.add_argument("--out", type=Path, metavar="DIR", help="the bundle's folder; replaces a bundle that is there (default: exports/coreml/SCALE-STAGE)")
+    export.add_argument("--target", choices=("iOS17", "iOS18"), default="iOS18", help="oldest system that is to run it (default: iOS18)")
+    export.add_argument("--verify", action="store_true", help="run every package with torch, on any machine, and hold it against the model; below 35 dB it fails")
+
+
 def _add_bench(commands) -> None:
     bench = _add(commands, "bench", "time a network beside those that one might take instead",
                  "  snapgen bench unet --only ours --only dreamlite\n"
@@ -177,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_train, _add_generate, _add_evaluate, _add_prepare, _add_bench):
+    for add in (_add_run, _add_train, _add_generate, _add_evaluate, _add_prepare, _add_export, _add_bench):
         add(commands)
     _add(commands, "doctor", "check this machine and installation, and say what to do", "  snapgen doctor")
     return parser
@@ -201,6 +212,8 @@ def _call(args: argparse.Namespace) -> int:
         from .commands.evaluate import evaluate as command
     elif args.command == "prepare":
         from .commands.prepare import prepare as command
+    elif args.command == "export":
+        from .commands.export import export as command
     elif args.command == "bench":
         from .commands.bench import bench as command
     else:

@@ -335,6 +335,6 @@ def test_weights_that_coremltools_skips_are_reported(monkeypatch):
 
 
 def test_without_coremltools(monkeypatch):
-    monkeypatch.setitem(sys.modules, "coremltools.optimize", None)
+    monkeypatch.setitem(sys.modules, "coremltools", None)
     with pytest.raises(UserError, match=r"pip install \"snapgen_core\[export\]\""):
         to_mlpackage(None, {})

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .kmeans import Palette, kmeans_1d
+from .replay import coremltools
 
 PACKAGE_BITS = (1, 2, 4, 6, 8)  # widths of indices in Core ML from iOS 16 on
 SMALL = 512  # weights: so many or fewer, and 256 palette entries of 16 bits take all that indices of 8 bits save
@@ -227,10 +228,9 @@ def to_mlpackage(model, palettes: Palettes, names: Iterable[str] | None = None):
     Raises:
         UserError: coremltools is missing, a layer is not found or its weights stayed as they were, or a palette's width is not one of Core ML's.
     """
-    try:
-        from coremltools.optimize import coreml
-    except ImportError as error:
-        raise UserError('Core ML packages need coremltools: pip install "snapgen_core[export]"') from error
+    coremltools()
+    from coremltools.optimize import coreml
+
     names = list(palettes if names is None else names)
     if wrong := [name for name in names if name not in palettes or palettes[name].bits not in PACKAGE_BITS]:
         raise UserError(f"no palette of {', '.join(map(str, PACKAGE_BITS))} bits for {', '.join(wrong)}")

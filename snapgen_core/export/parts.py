@@ -57,16 +57,24 @@ class ClipPart(nn.Module):
 
 
 class LanguagePart(nn.Module):
-    """forward(input_ids [1, S] as floats) -> encoder_hidden_states [1, S, D]: unit RMS for each token, zero for padding."""
+    """forward(input_ids [1, S] as floats) -> encoder_hidden_states [1, S, D]: unit RMS for each token, zero for padding.
 
-    def __init__(self, model: nn.Module, pad_id: int):
+    The mask of the attention is made here, as a sum with -1e4 where a token must not look: transformers would make it of
+    operations that Core ML lacks, and with infinities, of which the Neural Engine makes NaN.
+    """
+
+    def __init__(self, model: nn.Module, pad_id: int, tokens: int):
         super().__init__()
         self.model, self.pad_id = model, pad_id
+        causal = any(getattr(module, "is_causal", False) for module in model.modules())
+        ahead = torch.ones(tokens, tokens).triu(1) if causal else torch.zeros(tokens, tokens)
+        self.register_buffer("ahead", ahead[None, None], persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         ids = input_ids.int()
-        mask = (ids != self.pad_id).int()
-        return unit_rms(self.model(input_ids=ids, attention_mask=mask).last_hidden_state) * mask[..., None]
+        reads = (ids != self.pad_id).float()
+        hidden = torch.maximum(self.ahead, 1 - reads[:, None, None])  # (1, 1, S, S)
+        return unit_rms(self.model(input_ids=ids, attention_mask=-1e4 * hidden).last_hidden_state) * reads[..., None]
 
 
 class DenoiserPart(nn.Module):
@@ -117,7 +125,7 @@ def parts(pipe: SnapGenPipeline, guided: bool) -> list[Part]:
     made = [
         Part("TextEncoder", ClipPart(text.clip_l, text.tokenizers["clip_l"].eos_token_id), {"input_ids": clip_ids}, ("hidden_embeds", "pooled_outputs")),
         Part("TextEncoder2", ClipPart(text.clip_g, text.tokenizers["clip_g"].eos_token_id), {"input_ids": clip_ids}, ("hidden_embeds", "pooled_outputs")),
-        Part("TextEncoder3", LanguagePart(text.lm, text.tokenizers["lm"].pad_token_id), {"input_ids": lm_ids}, ("encoder_hidden_states",)),
+        Part("TextEncoder3", LanguagePart(text.lm, text.tokenizers["lm"].pad_token_id, text.shape.lm_tokens), {"input_ids": lm_ids}, ("encoder_hidden_states",)),
         Part(
             "MultiModalDiffusionTransformer",
             DenoiserPart(PhoneUNet(pipe.unet, side), config.context_dim, guided),

@@ -160,29 +160,30 @@ class Replay:
 # --------------------------------------------------------------------------------------------------- reading a package
 
 
-def _coremltools():
-    # It greets a machine without Apple's runtime, and every torch newer than itself, with a page of warnings.
+def coremltools():
+    """The package, without the page of warnings with which it greets a machine without Apple's runtime, and every torch newer
+    than itself. Raises UserError where it is missing."""
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        import coremltools
+        import coremltools as library
     except ImportError as error:
-        raise UserError(f'packages are read with coremltools: pip install "snapgen_core[export]" ({reason(error)})') from None
+        raise UserError(f'Core ML packages need coremltools: pip install "snapgen_core[export]" ({reason(error)})') from None
     finally:
         logger.setLevel(level)
-    return coremltools
+    return library
 
 
 def _load(path: Path):
     """The program's main function, as coremltools rebuilds it: operations with inputs, outputs, constants, defaults."""
     if not path.is_dir():
         raise UserError(f"{path}: no such package")
-    coremltools = _coremltools()
+    library = coremltools()
     from coremltools.converters.mil.frontend.milproto.load import load
 
     try:
-        spec = coremltools.utils.load_spec(str(path))
+        spec = library.utils.load_spec(str(path))
     except Exception as error:  # protobuf, the manifest's reader and the file system have one kind each
         raise UserError(f"{path}: not a readable package: {reason(error)}") from None
     if spec.WhichOneof("Type") != "mlProgram":

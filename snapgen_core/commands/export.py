@@ -1,0 +1,48 @@
+"""`snapgen export`: a pipeline as Core ML packages, and proof that they compute the same."""
+
+import argparse
+from pathlib import Path
+
+from ..errors import UserError, reason
+from ..files import write_json
+from ..paths import home
+from .common import quiet_libraries
+
+
+def check_folder(out: Path) -> Path:
+    """Find out before any work whether a bundle can be put at `out`. Raises UserError.
+
+    What is replaced has to be a bundle: a wrong --out must not cost anybody a folder of something else.
+    """
+    try:
+        if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
+            raise UserError(f"{str(out)!r} is a folder with something else in it: name a new one, or a bundle to replace")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{str(out)!r} is a file, and a bundle is a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {str(out)!r}: {reason(error)}") from None
+    return out
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write the bundle, verify it if asked, and say where it lies."""
+    out = check_folder(args.out or home() / "exports" / "coreml" / f"{args.scale}-{args.stage}")
+    quiet_libraries(args.scale)
+
+    from .. import load
+    from ..export import coreml, verify
+
+    pipe = load(args.scale, args.stage, args.checkpoint, decoder="tiny")
+    guided = args.stage != "distilled"
+    coreml.export(pipe, out, {"scale": args.scale, "stage": args.stage}, args.target, guided)
+    if args.verify:
+        figures = verify.verify(out, pipe)
+        write_json(out / "manifest.json", coreml.read_manifest(out) | {"parity": figures})
+        print(f"{'part':<32}{'output':<24}{'fp32':>9}{'fp16':>9}   PSNR in dB against torch")
+        for row in figures["parts"]:
+            print(f"{row['part']:<32}{row['output']:<24}{row['fp32_db']:>9.1f}{row['fp16_db']:>9.1f}")
+        picture = figures["picture"]
+        print(f"{'a picture in ' + str(picture['steps']) + ' steps':<65}{picture['fp16_db']:>9.1f}")
+    print(f"bundle {out}")
+    return 0
