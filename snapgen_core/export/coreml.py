@@ -21,6 +21,7 @@ from .. import flow
 from ..errors import UserError, reason
 from ..files import atomic_folder, write_json
 from ..pipeline import SnapGenPipeline
+from .lint import lint, summary
 from .parts import Part, parts
 from .replay import coremltools
 
@@ -115,6 +116,7 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
             "precision": "fp16, the timestep's embedding fp32",
             "guided": guided,
             "parts": entries,
+            "lint": {name: summary(lint(part_folder / entry["file"])) for name, entry in entries.items()},
             "latents": {"channels": pipe.unet.config.in_channels, "size": pipe.config.image_size // 8, "scale": pipe.vae.config.scaling_factor, "shift": pipe.vae.config.shift_factor},
             "tokens": {"clip": pipe.text.shape.clip_tokens, "language_model": pipe.text.shape.lm_tokens},
             "sampler": {"kind": "flow matching, Euler", "time_shift": pipe.scheduler.config.shift, "timestep": "1000 * sigma", "sigmas_of_4_steps": [round(s, 6) for s in flow.inference_sigmas(4, pipe.scheduler.config.shift).tolist()]},

@@ -17,6 +17,9 @@ from ..unet import SnapGenUNet
 from ..unet.attention import Attention, FeedForward, Transformer, TransformerLayer
 
 
+LARGEST = 65504.0  # of 16 bits
+
+
 def as_conv(linear: nn.Linear) -> nn.Conv2d:
     """The 1x1 convolution with a linear layer's weights."""
     conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
@@ -33,7 +36,7 @@ def normalise(x: Tensor, dims: tuple[int, ...], eps: float, centre: bool) -> Ten
     """
     if centre:
         x = x - x.mean(dims, keepdim=True)
-    largest = x.abs().amax(dims, keepdim=True).clamp(min=1.0)
+    largest = x.abs().amax(dims, keepdim=True).clamp(1.0, LARGEST)  # without the second bound Core ML would store infinity
     x = x / largest
     return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps / largest.square())
 

@@ -88,7 +88,7 @@ class Replay:
         if precision not in ("fp16", "fp32"):
             raise UserError(f"precision {precision!r}: fp16 or fp32")
         self.path, self.precision = Path(path), precision
-        function = _load(self.path)
+        function = load_function(self.path)
         self.inputs = {name: _port(variable) for name, variable in function.inputs.items()}
         self.outputs = {variable.name: _port(variable) for variable in function.outputs}
         self._results = {variable.name: _argument(variable) for variable in function.outputs}
@@ -175,7 +175,7 @@ def coremltools():
     return library
 
 
-def _load(path: Path):
+def load_function(path: Path):
     """The program's main function, as coremltools rebuilds it: operations with inputs, outputs, constants, defaults."""
     if not path.is_dir():
         raise UserError(f"{path}: no such package")
