@@ -16,7 +16,7 @@ from .scales import PICTURE_DECODERS, PICTURE_STAGES
 from .threads import cap_threads
 
 TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "teacher", "kd", "turbo", "distilled", "ablation")
-BENCHMARKS = ("unet", "chain", "decoder", "kd")
+BENCHMARKS = ("unet", "chain", "decoder", "kd", "export")
 LONGEST_LINE = 300
 
 
@@ -143,6 +143,7 @@ def _add_evaluate(commands) -> None:
                           help="pictures for each of the six tasks, and half as many for each of the four held-out "
                                "ones; at least 2 (default: 20)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file, and which pictures were right")
+    evaluate.add_argument("--bits", type=_number(float, 4, 16), metavar="B", help="score the student with its weights in so many bits on average, 4 to 8, as on a phone; 16 rounds them")
     evaluate.add_argument("--variety", action="store_true", help="also measure how varied the pictures of a prompt are, and how far they are from true scenes")
     _add_sampling(evaluate, others=("teacher", "turbo"))
 
@@ -158,11 +159,12 @@ def _add_prepare(commands) -> None:
 def _add_export(commands) -> None:
     export = _add(commands, "export", "write a model as Core ML packages, for a phone",
                   "  snapgen export --verify\n"
-                  "  snapgen export --stage kd --target iOS17 --out phone")
+                  "  snapgen export --stage kd --bits 4.3 --target iOS17 --out phone")
     export.add_argument("--stage", choices=PICTURE_STAGES, default="base", help="which model (default: base)")
     export.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a student in place of the shipped one, such as RUN_DIR/weights/base of a training")
     export.add_argument("--out", type=Path, metavar="DIR", help="the bundle's folder; replaces a bundle that is there (default: exports/coreml/SCALE-STAGE)")
     export.add_argument("--target", choices=("iOS17", "iOS18"), default="iOS18", help="oldest system that is to run it (default: iOS18)")
+    export.add_argument("--bits", type=_number(float, 4, 8), metavar="B", help="store the denoiser's weights in so many bits on average, 4 to 8, as SnapGen++ does with 4.3 (default: 16, no palettes)")
     export.add_argument("--verify", action="store_true", help="run every package with torch, on any machine, and hold it against the model; below 35 dB it fails")
 
 
@@ -170,7 +172,7 @@ def _add_bench(commands) -> None:
     bench = _add(commands, "bench", "time a network beside those that one might take instead",
                  "  snapgen bench unet --only ours --only dreamlite\n"
                  "  snapgen bench unet --json exports/results/bench-unet.json")
-    bench.add_argument("what", choices=BENCHMARKS, metavar="WHAT", help="unet or decoder (ours and its peers) or chain (the steps of Fig. 3), at the paper's size; kd (training steps with and without a teacher, at --scale)")
+    bench.add_argument("what", choices=BENCHMARKS, metavar="WHAT", help="unet or decoder (ours and its peers) or chain (the steps of Fig. 3), at the paper's size; kd (training steps with and without a teacher, at --scale); export (the paper's networks as packages for a phone)")
     bench.add_argument("--only", action="append", metavar="NAME",
                        help="measure this model alone; may be repeated (a wrong name lists the choices)")
     bench.add_argument("--runs", type=_number(int, 1, 1000), default=3, metavar="N", help="timed passes of each (default: 3)")

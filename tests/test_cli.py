@@ -24,7 +24,7 @@ from snapgen_core.pipeline import build
 from snapgen_core.unet import SnapGenUNet
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("run", "train", "generate", "evaluate", "prepare", "bench", "doctor")
+COMMANDS = ("run", "train", "generate", "evaluate", "prepare", "export", "bench", "doctor")
 GOOD = ["generate", "a red car", "--steps", "1"]
 
 
@@ -81,7 +81,7 @@ def test_choices_are_the_librarys():
     from snapgen_core.stages import STAGES
 
     assert cli.TRAIN_STAGES == tuple(STAGES)
-    assert cli.BENCHMARKS == (*BENCHMARKS, "kd")
+    assert cli.BENCHMARKS == (*BENCHMARKS, "kd", "export")
     assert all("{" + ",".join(SCALE_NAMES) + "}" in cli.build_parser()._subparsers._group_actions[0].choices[name].format_help() for name in COMMANDS)
 
 

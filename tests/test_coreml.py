@@ -45,9 +45,14 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def bundle(pipe, tmp_path_factory):
+def exported(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "bundle"
-    return coreml.export(pipe, folder, {"scale": "tiny", "stage": "base"}, "iOS17", guided=True)
+    return folder, coreml.export(pipe, folder, {"scale": "tiny", "stage": "base"}, "iOS17", guided=True)
+
+
+@pytest.fixture(scope="module")
+def bundle(exported):
+    return exported[0]
 
 
 def specification(bundle, name):
@@ -88,8 +93,8 @@ def test_the_tokenizer_files_are_the_clips(bundle, pipe):
         assert tokenizer(prompt)["input_ids"] == pipe.text.tokenizers["clip_l"](prompt)["input_ids"]
 
 
-def test_every_part_computes_what_torch_does(bundle, pipe):
-    rows = verify.parity(bundle, pipe)
+def test_every_part_computes_what_torch_does(exported, pipe):
+    rows = verify.parity(exported[0], pipe, exported[1])
     assert [(row.part, row.output) for row in rows] == [(name, output) for name, (_, outputs) in CONTRACT.items() for output in outputs]
     for row in rows:
         assert row.fp32_db >= 50 and row.fp16_db >= 40, row
@@ -128,14 +133,16 @@ def test_without_guidance_the_prompts_half_is_answered_twice(pipe, tmp_path):
     assert verify.psnr_db(velocity, answer[:1]) > 50 and flow.TIMESTEPS * 0.85714 == pytest.approx(857.14)
 
 
-def test_what_does_not_verify_is_told(bundle, pipe, monkeypatch):
-    monkeypatch.setattr(verify, "parity", lambda folder, pipe: [verify.Parity("VAEDecoder", "image", 90.0, 34.9)])
+def test_what_does_not_verify_is_told(exported, pipe, monkeypatch):
+    student = pipe.unet
+    monkeypatch.setattr(verify, "parity", lambda folder, pipe, made: [verify.Parity("VAEDecoder", "image", 90.0, 34.9)])
     monkeypatch.setattr(verify, "pictures", lambda *given: (torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)))
     with pytest.raises(UserError, match=r"VAEDecoder.image 34.9 dB, where 35 are asked"):
-        verify.verify(bundle, pipe)
-    monkeypatch.setattr(verify, "parity", lambda folder, pipe: [])
+        verify.verify(exported[0], pipe, exported[1])
+    monkeypatch.setattr(verify, "parity", lambda folder, pipe, made: [])
     with pytest.raises(UserError, match="pictures of the bundle differ"):
-        verify.verify(bundle, pipe)
+        verify.verify(exported[0], pipe, exported[1])
+    pipe.register_modules(unet=student)
 
 
 # ------------------------------------------------------------------------------------------------- at the door
@@ -209,10 +216,10 @@ def test_wrong_input_is_one_line(arguments, message, tmp_path, monkeypatch, capf
 def test_the_command_exports_and_verifies(pipe, tmp_path, monkeypatch, capfd):
     asked = {}
     monkeypatch.setattr(snapgen_core, "load", lambda *given, **more: asked.update(given=given, **more) or pipe)
-    monkeypatch.setattr(coreml, "export", lambda pipe, out, facts, target, guided: (out.mkdir(), (out / "manifest.json").write_text(json.dumps({"parts": {}})), asked.update(target=target, guided=guided)))
-    monkeypatch.setattr(verify, "verify", lambda out, pipe: {"parts": [{"part": "VAEDecoder", "output": "image", "fp32_db": 90.0, "fp16_db": 70.5}], "picture": {"steps": 4, "fp16_db": 60.0}})
-    assert main(["export", "--stage", "distilled", "--out", str(tmp_path / "b"), "--target", "iOS17", "--verify"]) == 0
+    monkeypatch.setattr(coreml, "export", lambda pipe, out, facts, target, guided, bits: (out.mkdir(), (out / "manifest.json").write_text(json.dumps({"parts": {}})), asked.update(target=target, guided=guided, bits=bits)))
+    monkeypatch.setattr(verify, "verify", lambda out, pipe, made: {"parts": [{"part": "VAEDecoder", "output": "image", "fp32_db": 90.0, "fp16_db": 70.5}], "picture": {"steps": 4, "fp16_db": 60.0}})
+    assert main(["export", "--stage", "distilled", "--out", str(tmp_path / "b"), "--target", "iOS17", "--bits", "4.3", "--verify"]) == 0
     out = capfd.readouterr().out
     assert "70.5" in out and "60.0" in out and f"bundle {tmp_path / 'b'}" in out
-    assert asked["decoder"] == "tiny" and asked["target"] == "iOS17" and asked["guided"] is False
+    assert asked["decoder"] == "tiny" and asked["target"] == "iOS17" and asked["guided"] is False and asked["bits"] == 4.3
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["parity"]["picture"]["fp16_db"] == 60.0

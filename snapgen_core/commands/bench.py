@@ -39,6 +39,8 @@ def bench(args: argparse.Namespace) -> int:
     quiet_libraries(args.scale)
     if args.what == "kd":
         return _bench_kd(args)
+    if args.what == "export":
+        return _bench_export(args)
     if args.teacher:
         raise UserError(f"bench {args.what} has no teacher: --teacher goes with bench kd")
 
@@ -101,4 +103,23 @@ def _bench_kd(args: argparse.Namespace) -> int:
     print(f"a step takes {costs['step_macs_ratio']:.1f} times the MACs of one without a teacher, and keeps {costs['kd_activation_bytes'] / 2**30:.1f} GiB of activations ({costs['task_activation_bytes'] / 2**30:.1f} without)")
     if args.json:
         write_json(args.json, {**_facts(args), "scale": args.scale, "steps": steps, "paper": costs})
+    return 0
+
+
+def _bench_export(args: argparse.Namespace) -> int:
+    """The paper's networks on their way to a phone."""
+    from ..bench_export import BITS, PARTS, run
+
+    unknown = [name for name in args.only or () if name not in PARTS]
+    if unknown:
+        raise UserError(f"unknown network {unknown[0]!r}: choose among {', '.join(PARTS)}")
+    results = {}
+    for name in args.only or PARTS:
+        results[name] = found = run(name)
+        print(f"{name}, {found['parameters'] / 1e6:.1f} M random weights: " + ", ".join(f"{what} {seconds:.0f} s" for what, seconds in found["seconds"].items()))
+        print(f"  package {found['megabytes']:.1f} MB; replayed against torch {found['fp32_db']:.1f} dB in fp32, {found['fp16_db']:.1f} dB in fp16; peak memory {found['memory_gib']:.1f} GiB converting, {found['peak_memory_gib']:.1f} GiB in all")
+        if "bits" in found:
+            print(f"  palettes of {found['bits']:.2f} bits on average (asked: {BITS:g}): {found['packed_megabytes']:.1f} MB, computes what the palettised network does to {found['packed_db']:.1f} dB")
+    if args.json:
+        write_json(args.json, {**_facts(args), "networks": results})
     return 0

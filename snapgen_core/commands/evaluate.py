@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from ..errors import UserError
 from ..files import git_commit, now, write_json
 from .common import check_output, quiet_libraries
 
@@ -27,11 +28,13 @@ def evaluate(args: argparse.Namespace) -> int:
     """Draw, judge, print the table and write it if asked."""
     if args.json:
         check_output(args.json, ".json")
+    if args.bits and args.stage in ("teacher", "turbo"):
+        raise UserError(f"--bits squeezes a student for a phone, not the {args.stage}")
     quiet_libraries(args.scale)
 
     from .. import evaluate as scoring
 
-    figures = scoring.evaluate_stage(args.scale, args.stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint, args.decoder, args.variety)
+    figures = scoring.evaluate_stage(args.scale, args.stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint, args.decoder, args.variety, args.bits)
     table = list(rows(figures))
     width = max(len(name) for name, _ in table)
     for name, value in table:

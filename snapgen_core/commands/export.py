@@ -35,10 +35,10 @@ def export(args: argparse.Namespace) -> int:
 
     pipe = load(args.scale, args.stage, args.checkpoint, decoder="tiny")
     guided = args.stage != "distilled"
-    coreml.export(pipe, out, {"scale": args.scale, "stage": args.stage}, args.target, guided)
+    made = coreml.export(pipe, out, {"scale": args.scale, "stage": args.stage}, args.target, guided, args.bits)
     print("on the Neural Engine" + "".join(f"\n  {name}: {sum('stays on' not in line for line in lines)} kinds of operations leave it" for name, lines in coreml.read_manifest(out).get("lint", {}).items()) + "\n  which and why: manifest.json, lint")
     if args.verify:
-        figures = verify.verify(out, pipe)
+        figures = verify.verify(out, pipe, made)
         write_json(out / "manifest.json", coreml.read_manifest(out) | {"parity": figures})
         print(f"{'part':<32}{'output':<24}{'fp32':>9}{'fp16':>9}   PSNR in dB against torch")
         for row in figures["parts"]:

@@ -156,29 +156,34 @@ def teacher_generator(scale: str, teacher: Teacher, text: TeacherText, steps: in
     return generate
 
 
-def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder: Path | None = None, decoder: str = "full") -> Generate:
-    """What `scene_eval` asks for, from a shipped model or the one in `folder`."""
+def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder: Path | None = None, decoder: str = "full", bits: float | None = None) -> tuple[Generate, dict]:
+    """What `scene_eval` asks for, from a shipped model or the one in `folder`, and figures of its palettes: with `bits` its
+    weights take so many on average, as `squeeze` does it, and 16 rounds them."""
     from .. import load
+    from ..export.squeeze import squeezed_pipeline
 
     device = best_device()
     if stage in ("teacher", "turbo"):
         teacher, text = load_teacher(scale, folder, few_steps=stage == "turbo")
-        return teacher_generator(scale, teacher.to(device), text.to(device), steps, guidance, decoder)
-    return pipeline_generator(load(scale, stage, folder, decoder).to(device), steps, guidance)
+        return teacher_generator(scale, teacher.to(device), text.to(device), steps, guidance, decoder), {}
+    pipe, squeezed = load(scale, stage, folder, decoder).to(device), {}
+    if bits is not None:
+        pipe, squeezed = squeezed_pipeline(pipe, bits, guided=guidance != 1)
+    return pipeline_generator(pipe, steps, guidance), squeezed
 
 
 def evaluate_stage(
-    scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, folder: Path | None = None, decoder: str = "full", variety: bool = False
+    scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, folder: Path | None = None, decoder: str = "full", variety: bool = False, bits: float | None = None
 ) -> dict:
     """SceneEval of a shipped model (or of the one in `folder`) as a JSON-able dict: `Report.to_dict()` and the settings.
 
     `images` counts the pictures of each of the six tasks; each of the four held-out tasks adds half as many. With `variety`
-    there are also the figures of `variety.measure`.
+    there are also the figures of `variety.measure`; `bits` as for `stage_generator`.
     """
     from .variety import measure
 
-    generate = stage_generator(scale, stage, steps, guidance, folder, decoder)
-    figures = scene_eval(generate, images, seed=seed).to_dict()
+    generate, squeezed = stage_generator(scale, stage, steps, guidance, folder, decoder, bits)
+    figures = scene_eval(generate, images, seed=seed).to_dict() | ({"palettes": squeezed} if squeezed else {})
     if variety:
         figures["variety"] = measure(generate, get_scale(scale).image_size, seed=seed)
     settings = {

@@ -22,8 +22,10 @@ from ..errors import UserError, reason
 from ..files import atomic_folder, write_json
 from ..pipeline import SnapGenPipeline
 from .lint import lint, summary
-from .parts import Part, parts
+from .palettize import to_mlpackage
+from .parts import DenoiserPart, Part, parts
 from .replay import coremltools
+from .squeeze import calibration, squeeze
 
 TARGETS = ("iOS17", "iOS18")
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
@@ -88,8 +90,9 @@ def _quiet() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- the bundle
 
 
-def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS18", guided: bool = True) -> Path:
-    """Write the bundle of `pipe` to `folder`, whole or not at all, in the place of what is there.
+def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS18", guided: bool = True, bits: float | None = None) -> list[Part]:
+    """Write the bundle of `pipe` to `folder`, whole or not at all, in the place of what is there. Returns the parts that were
+    converted, to be compared with the bundle.
 
     It holds a `.mlpackage` for each part, the CLIPs' `vocab.json` and `merges.txt`, `manifest.json`, and a README for the
     phone's side.
@@ -97,24 +100,32 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
     Args:
         facts: what the manifest says of the model's origin: scale, stage.
         guided: False for a student that draws without guidance.
+        bits: of the denoiser's weights, on average (`squeeze`); the others stay at 16, as does this one without `bits`.
 
     Raises:
-        UserError: no tiny decoder, no tokenizer files, no coremltools, or a target that cannot hold the graph.
+        UserError: no tiny decoder, no tokenizer files, no coremltools, a target that cannot hold the graph, or no such palettes.
     """
-    made = parts(pipe, guided)
+    made, palettes, squeezed = parts(pipe, guided), {}, {}
+    if bits is not None:
+        denoiser = next(part.module for part in made if isinstance(part.module, DenoiserPart))
+        palettes, squeezed = squeeze(denoiser.unet, calibration(pipe, guided), bits)
     with atomic_folder(folder) as part_folder:
         _write_tokenizer(pipe, part_folder)
         entries = {}
         for part in (bar := tqdm(made, desc="export", unit="part", dynamic_ncols=True)):
             bar.set_postfix_str(part.name)
             path = part_folder / f"{part.name}.mlpackage"
-            convert(part, target).save(str(path))
+            model = convert(part, target)
+            if palettes and isinstance(part.module, DenoiserPart):
+                model = to_mlpackage(model, palettes)
+            model.save(str(path))
             entries[part.name] = _entry(part, path)
         manifest = {
             **facts,
             "target": target,
             "precision": "fp16, the timestep's embedding fp32",
             "guided": guided,
+            "palettes": squeezed,
             "parts": entries,
             "lint": {name: summary(lint(part_folder / entry["file"])) for name, entry in entries.items()},
             "latents": {"channels": pipe.unet.config.in_channels, "size": pipe.config.image_size // 8, "scale": pipe.vae.config.scaling_factor, "shift": pipe.vae.config.shift_factor},
@@ -123,7 +134,7 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
         }
         write_json(part_folder / "manifest.json", manifest)
         (part_folder / "README.md").write_text(_readme(manifest), "utf-8")
-    return folder
+    return made
 
 
 def _write_tokenizer(pipe: SnapGenPipeline, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Does a bundle compute what its pipeline computes? Every package is run by `Replay` and held against the torch module."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from .. import flow
 from ..errors import UserError
 from ..pipeline import SnapGenPipeline
 from .coreml import read_manifest
-from .parts import Part, parts
+from .parts import DenoiserPart, Part
 from .replay import Replay, psnr_db
+from .squeeze import PhoneStudent
 
 FP16_BAR, PICTURE_BAR = 35.0, 35.0  # dB: below, `snapgen export --verify` fails
 PROMPTS = ("a red car", "a dog left of a cat")
@@ -85,10 +86,10 @@ def realistic(part: Part, pipe: SnapGenPipeline, prompt: str, seed: int = 0) -> 
 
 
 @torch.no_grad()
-def parity(folder: Path, pipe: SnapGenPipeline, prompts: Iterable[str] = PROMPTS) -> list[Parity]:
-    """Every output of every part, the worst of `prompts`."""
+def parity(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part], prompts: Iterable[str] = PROMPTS) -> list[Parity]:
+    """Every output of every part, the worst of `prompts`; `made` are the parts that `export` converted."""
     manifest, rows = read_manifest(folder), []
-    for part in parts(pipe, manifest["guided"]):
+    for part in made:
         packages = {precision: Replay(folder / manifest["parts"][part.name]["file"], precision) for precision in ("fp32", "fp16")}
         worst = {name: {} for name in part.outputs}
         for prompt in prompts:
@@ -111,14 +112,18 @@ def pictures(folder: Path, pipe: SnapGenPipeline, prompt: str, steps: int, guida
     return ours, Bundle(folder, pipe).draw(prompt, noise, steps, guidance)
 
 
-def verify(folder: Path, pipe: SnapGenPipeline, steps: int = 4, guidance: float | None = None) -> dict:
+def verify(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part], steps: int = 4) -> dict:
     """All figures as a dict for the manifest: "parts", and "picture", PSNR of a picture drawn in `steps`.
+
+    A squeezed student's pictures are held against its own, drawn by torch with the same palettes.
 
     Raises:
         UserError: a part is below FP16_BAR, or the picture below PICTURE_BAR.
     """
-    guidance = (4.0 if read_manifest(folder)["guided"] else 1.0) if guidance is None else guidance
-    rows = parity(folder, pipe)
+    guidance = 4.0 if read_manifest(folder)["guided"] else 1.0
+    phone = next(part.module.unet for part in made if isinstance(part.module, DenoiserPart))
+    pipe.register_modules(unet=PhoneStudent(phone, pipe.unet.config))
+    rows = parity(folder, pipe, made)
     figures = {"parts": [asdict(row) for row in rows], "picture": {"prompt": PROMPTS[0], "steps": steps, "guidance": guidance, "fp16_db": psnr_db(*pictures(folder, pipe, PROMPTS[0], steps, guidance))}}
     if low := [f"{row.part}.{row.output} {row.fp16_db:.1f} dB" for row in rows if row.fp16_db < FP16_BAR]:
         raise UserError(f"the bundle does not compute what the pipeline does: {', '.join(low)}, where {FP16_BAR:g} are asked")
