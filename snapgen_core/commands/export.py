@@ -35,14 +35,14 @@ def export(args: argparse.Namespace) -> int:
 
     pipe = load(args.scale, args.stage, args.checkpoint, decoder="tiny")
     guided = args.stage != "distilled"
-    made = coreml.export(pipe, out, {"scale": args.scale, "stage": args.stage}, args.target, guided, args.bits)
+    made = coreml.export(pipe, out, {"scale": args.scale, "stage": args.stage}, args.target, guided, args.bits, args.core_ai)
     print("on the Neural Engine" + "".join(f"\n  {name}: {sum('stays on' not in line for line in lines)} kinds of operations leave it" for name, lines in coreml.read_manifest(out).get("lint", {}).items()) + "\n  which and why: manifest.json, lint")
     if args.verify:
         figures = verify.verify(out, pipe, made)
         write_json(out / "manifest.json", coreml.read_manifest(out) | {"parity": figures})
-        print(f"{'part':<32}{'output':<24}{'fp32':>9}{'fp16':>9}   PSNR in dB against torch")
+        print(f"{'part':<32}{'output':<24}{'fp32':>9}{'fp16':>9}{'Core AI':>9}   PSNR in dB against torch")
         for row in figures["parts"]:
-            print(f"{row['part']:<32}{row['output']:<24}{row['fp32_db']:>9.1f}{row['fp16_db']:>9.1f}")
+            print(f"{row['part']:<32}{row['output']:<24}{row['fp32_db']:>9.1f}{row['fp16_db']:>9.1f}" + (f"{row['core_ai_db']:>9.1f}" if row["core_ai_db"] is not None else f"{'–':>9}"))
         picture = figures["picture"]
         print(f"{'a picture in ' + str(picture['steps']) + ' steps':<65}{picture['fp16_db']:>9.1f}")
     print(f"bundle {out}")

@@ -21,6 +21,7 @@ from .. import flow
 from ..errors import UserError, reason
 from ..files import atomic_folder, write_json
 from ..pipeline import SnapGenPipeline
+from . import coreai
 from .lint import lint, summary
 from .palettize import to_mlpackage
 from .parts import DenoiserPart, Part, parts
@@ -90,7 +91,7 @@ def _quiet() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- the bundle
 
 
-def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS18", guided: bool = True, bits: float | None = None) -> list[Part]:
+def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS18", guided: bool = True, bits: float | None = None, core_ai: bool = False) -> list[Part]:
     """Write the bundle of `pipe` to `folder`, whole or not at all, in the place of what is there. Returns the parts that were
     converted, to be compared with the bundle.
 
@@ -101,6 +102,7 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
         facts: what the manifest says of the model's origin: scale, stage.
         guided: False for a student that draws without guidance.
         bits: of the denoiser's weights, on average (`squeeze`); the others stay at 16, as does this one without `bits`.
+        core_ai: also write each part as a Core AI asset.
 
     Raises:
         UserError: no tiny decoder, no tokenizer files, no coremltools, a target that cannot hold the graph, or no such palettes.
@@ -120,6 +122,8 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
                 model = to_mlpackage(model, palettes)
             model.save(str(path))
             entries[part.name] = _entry(part, path)
+            if core_ai:
+                coreai.save(part, part_folder / f"{part.name}.aimodel")
         manifest = {
             **facts,
             "target": target,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from .. import flow
 from ..errors import UserError
 from ..pipeline import SnapGenPipeline
+from . import coreai
 from .coreml import read_manifest
 from .parts import DenoiserPart, Part
 from .replay import Replay, psnr_db
@@ -21,12 +23,14 @@ PROMPTS = ("a red car", "a dog left of a cat")
 
 @dataclass(frozen=True)
 class Parity:
-    """One output of a part: PSNR in dB of the replayed package against torch, computed in fp32 and as the package says."""
+    """One output of a part: PSNR in dB of the replayed package against torch, computed in fp32 and as the package says; and of
+    the Core AI asset beside it, where there is one, run by Apple's runtime."""
 
     part: str
     output: str
     fp32_db: float
     fp16_db: float
+    core_ai_db: float | None = None
 
 
 class Bundle:
@@ -91,6 +95,9 @@ def parity(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part], prompts: I
     manifest, rows = read_manifest(folder), []
     for part in made:
         packages = {precision: Replay(folder / manifest["parts"][part.name]["file"], precision) for precision in ("fp32", "fp16")}
+        asset = folder / f"{part.name}.aimodel"
+        if asset.exists():
+            packages["core_ai"] = partial(coreai.run, asset)
         worst = {name: {} for name in part.outputs}
         for prompt in prompts:
             inputs = realistic(part, pipe, prompt)
@@ -101,7 +108,7 @@ def parity(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part], prompts: I
                 for name, expected in zip(part.outputs, answer):
                     found = psnr_db(expected, replayed[name])
                     worst[name][precision] = min(found, worst[name].get(precision, found))
-        rows += [Parity(part.name, name, figures["fp32"], figures["fp16"]) for name, figures in worst.items()]
+        rows += [Parity(part.name, name, figures["fp32"], figures["fp16"], figures.get("core_ai")) for name, figures in worst.items()]
     return rows
 
 
