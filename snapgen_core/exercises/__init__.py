@@ -1,5 +1,6 @@
 """Checkers of the notebooks' exercises: each says what is wrong with an answer and where to look, or that it is right."""
 
+from .coreml_export import check_megabytes, check_nearest, check_safe_rms
 from .efficient_unet import check_design, check_layer_macs, check_separable
 from .flow_matching import check_endpoints, check_heun, check_share_above
 from .knowledge_distillation import check_binned_ratio, check_half_weight, check_teachers_share
@@ -19,10 +20,13 @@ __all__ = [
     "check_heun",
     "check_judge",
     "check_layer_macs",
+    "check_megabytes",
+    "check_nearest",
     "check_numbers",
     "check_penalty",
     "check_reach",
     "check_residual",
+    "check_safe_rms",
     "check_separable",
     "check_share_above",
     "check_straight_loss",
