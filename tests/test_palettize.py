@@ -338,3 +338,16 @@ def test_without_coremltools(monkeypatch):
     monkeypatch.setitem(sys.modules, "coremltools", None)
     with pytest.raises(UserError, match=r"pip install \"snapgen_core\[export\]\""):
         to_mlpackage(None, {})
+
+
+def test_large_layers_are_recognised():
+    """A quarter of a million weights in 16 bits, of which numpy's `unique` gives some twice."""
+    coremltools = pytest.importorskip("coremltools")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(512, 512, 1)).eval()
+    palettes = palettize(network, {"0": 8})
+    exported = torch.export.export(network, (torch.randn(1, 512, 1, 8),)).run_decompositions({})
+    model = coremltools.convert(exported, convert_to="mlprogram", minimum_deployment_target=coremltools.target.iOS18, skip_model_load=True)
+    spec = to_mlpackage(model, palettes).get_spec()
+    (block,) = spec.mlProgram.functions["main"].block_specializations.values()
+    assert [op.type for op in block.operations if op.type.startswith("constexpr")] == ["constexpr_lut_to_dense"]

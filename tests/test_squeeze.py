@@ -45,9 +45,21 @@ def test_half_the_bits_in_a_quarter_of_the_room_and_tuning_helps(pipe, batches):
         assert figures["psnr_db"] == pytest.approx(min(psnr_db(plain(*batch), phone(*batch)) for batch in batches[:4]), abs=0.01)
 
 
-def test_a_phones_student_draws_as_the_student_does(pipe):
+def test_written_back_it_is_the_phones_network(pipe, batches):
+    """Palettes and tuned norms included."""
+    other, phone = load("tiny", "base").unet, PhoneUNet(pipe.unet, 8)
+    squeeze.squeeze(phone, batches[:1], 4.0, tune_steps=2, progress=False)
+    phone.write_back(other)
+    samples, timesteps, context = batches[0]
+    with torch.no_grad():
+        written, plain = (unet(samples, timesteps, context[:, :, 0].transpose(1, 2)).sample for unet in (other, pipe.unet))
+        assert torch.allclose(written, phone(samples, timesteps, context), atol=1e-4) and not torch.allclose(written, plain, atol=1e-2)
+
+
+def test_rounded_to_16_bits_it_draws_the_same(pipe):
     ours = pipe("a red car", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    rounded, figures = squeeze.squeezed_pipeline(load("tiny", "base", decoder="tiny"), 16, guided=True)
+    rounded = load("tiny", "base", decoder="tiny")
+    figures = squeeze.squeeze_pipeline(rounded, 16, guided=True)
     theirs = rounded("a red car", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert psnr_db(ours, theirs) > 60 and figures == {"bits": 16.0, "bytes": 2 * sum(p.numel() for p in pipe.unet.parameters())}
 

@@ -160,7 +160,7 @@ def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder:
     """What `scene_eval` asks for, from a shipped model or the one in `folder`, and figures of its palettes: with `bits` its
     weights take so many on average, as `squeeze` does it, and 16 rounds them."""
     from .. import load
-    from ..export.squeeze import squeezed_pipeline
+    from ..export.squeeze import squeeze_pipeline
 
     device = best_device()
     if stage in ("teacher", "turbo"):
@@ -168,7 +168,7 @@ def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder:
         return teacher_generator(scale, teacher.to(device), text.to(device), steps, guidance, decoder), {}
     pipe, squeezed = load(scale, stage, folder, decoder).to(device), {}
     if bits is not None:
-        pipe, squeezed = squeezed_pipeline(pipe, bits, guided=guidance != 1)
+        squeezed = squeeze_pipeline(pipe, bits, guided=guidance != 1)
     return pipeline_generator(pipe, steps, guidance), squeezed
 
 

@@ -45,8 +45,8 @@ def convert(part: Part, target: str = "iOS18"):
     if target not in TARGETS:
         raise UserError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
     _register_operations()
-    exported = torch.export.export(part.module, tuple(part.inputs.values())).run_decompositions({})
     with _quiet():
+        exported = torch.export.export(part.module, tuple(part.inputs.values())).run_decompositions({})
         try:
             return ct.convert(
                 exported,
@@ -82,7 +82,7 @@ def _register_operations() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the converter's own bars and warnings: a bundle has one bar."""
+    """Without coremltools' own bars and warnings: a bundle has one bar."""
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -119,7 +119,8 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
             path = part_folder / f"{part.name}.mlpackage"
             model = convert(part, target)
             if palettes and isinstance(part.module, DenoiserPart):
-                model = to_mlpackage(model, palettes)
+                with _quiet():
+                    model = to_mlpackage(model, palettes)
             model.save(str(path))
             entries[part.name] = _entry(part, path)
             if core_ai:

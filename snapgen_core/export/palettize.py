@@ -271,10 +271,10 @@ def _owners(weights: dict[str, np.ndarray], palettes: Palettes) -> dict[str, lis
     """
     used, exact, owners = {}, {}, {}
     for name, palette in palettes.items():
-        used[name] = np.unique(palette.values[np.unique(palette.indices)]).astype(np.float32)
+        used[name] = np.unique(palette.values[np.unique(palette.indices)].astype(np.float32))
         exact.setdefault(used[name].tobytes(), []).append(name)
     for constant, weight in weights.items():
-        values = np.unique(weight).astype(np.float32)
+        values = np.unique(weight.astype(np.float32))  # numpy 2.4 does not find all duplicates among many float16 numbers
         layers = exact.get(values.tobytes())
         if layers is None and 1 < len(values) <= 256:  # one value alone, such as 0, tells nothing
             layers = [name for name, own in used.items() if np.isin(values, own).all()]

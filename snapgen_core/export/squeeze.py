@@ -5,10 +5,9 @@ student meets while it draws, so it draws some prompts, and what passes by is ke
 """
 
 import copy
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import flow
 from ..errors import UserError
@@ -19,29 +18,10 @@ from .phone import PhoneUNet
 from .replay import psnr_db
 
 PROMPTS, STEPS, BATCH = 32, 8, 32  # drawn for calibration, in so many steps; samples of a batch
-TUNE_STEPS = 100
+TUNE_STEPS = 60
 LOWEST = 4  # bits, in which most layers are stored
 
 Batch = tuple[Tensor, Tensor, Tensor]  # sample [B,C,h,w], timestep [B], context [B,D,1,L]
-
-
-class PhoneStudent(nn.Module):
-    """A `PhoneUNet` in a pipeline's place for its student: context [B, L, D] in, `.sample` out."""
-
-    def __init__(self, phone: PhoneUNet, config):
-        super().__init__()
-        self.phone, self.config = phone, config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(sample=self.phone(sample, timestep, context.transpose(1, 2)[:, :, None]))
 
 
 @torch.no_grad()
@@ -85,13 +65,13 @@ def squeeze(phone: PhoneUNet, batches: list[Batch], bits: float, tune_steps: int
     return palettes, figures | ({"error_before_tuning": errors[0], "error_after": sum(errors[-20:]) / len(errors[-20:])} if errors else {})
 
 
-def squeezed_pipeline(pipe: SnapGenPipeline, bits: float, guided: bool, tune_steps: int = TUNE_STEPS) -> tuple[SnapGenPipeline, dict]:
-    """`pipe` drawing with the squeezed student, and what it took; 16 bits means weights rounded, and no palettes."""
+def squeeze_pipeline(pipe: SnapGenPipeline, bits: float, guided: bool, tune_steps: int = TUNE_STEPS) -> dict:
+    """Give the pipeline's student squeezed weights, and return figures; 16 bits means weights rounded, and no palettes."""
     phone = PhoneUNet(pipe.unet, pipe.config.image_size // 8).to(pipe.unet.device)
     if bits == 16:
         phone.half().float()
         figures = {"bits": 16.0, "bytes": 2 * sum(p.numel() for p in phone.parameters())}
     else:
         _, figures = squeeze(phone, calibration(pipe, guided), bits, tune_steps)
-    pipe.register_modules(unet=PhoneStudent(phone, pipe.unet.config))
-    return pipe, figures
+    phone.write_back(pipe.unet)
+    return figures

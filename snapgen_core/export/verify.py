@@ -15,7 +15,6 @@ from . import coreai
 from .coreml import read_manifest
 from .parts import DenoiserPart, Part
 from .replay import Replay, psnr_db
-from .squeeze import PhoneStudent
 
 FP16_BAR, PICTURE_BAR = 35.0, 35.0  # dB: below, `snapgen export --verify` fails
 PROMPTS = ("a red car", "a dog left of a cat")
@@ -128,8 +127,7 @@ def verify(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part], steps: int
         UserError: a part is below FP16_BAR, or the picture below PICTURE_BAR.
     """
     guidance = 4.0 if read_manifest(folder)["guided"] else 1.0
-    phone = next(part.module.unet for part in made if isinstance(part.module, DenoiserPart))
-    pipe.register_modules(unet=PhoneStudent(phone, pipe.unet.config))
+    next(part.module.unet for part in made if isinstance(part.module, DenoiserPart)).write_back(pipe.unet)
     rows = parity(folder, pipe, made)
     figures = {"parts": [asdict(row) for row in rows], "picture": {"prompt": PROMPTS[0], "steps": steps, "guidance": guidance, "fp16_db": psnr_db(*pictures(folder, pipe, PROMPTS[0], steps, guidance))}}
     if low := [f"{row.part}.{row.output} {row.fp16_db:.1f} dB" for row in rows if row.fp16_db < FP16_BAR]:
