@@ -166,6 +166,7 @@ def _add_export(commands) -> None:
     export.add_argument("--target", choices=("iOS17", "iOS18"), default="iOS18", help="oldest system that is to run it (default: iOS18)")
     export.add_argument("--bits", type=_number(float, 4, 8), metavar="B", help="store the denoiser's weights in so many bits on average, 4 to 8, as SnapGen++ does with 4.3 (default: 16, no palettes)")
     export.add_argument("--core-ai", action="store_true", help="also write each part as an asset for Apple's newer Core AI, which --verify runs with Apple's own runtime; needs the extra coreai")
+    export.add_argument("--json", type=Path, metavar="FILE", help="also write the manifest to this file, with what --verify measured")
     export.add_argument("--verify", action="store_true", help="run every package with torch, on any machine, and hold it against the model; below 35 dB it fails")
 
 

@@ -70,12 +70,18 @@ def test_a_run_that_cannot_go_on_is_told(home, calls, monkeypatch, capfd):
 def test_evaluate_prints_and_writes_the_same_figures(home, calls, capfd):
     arguments = ["evaluate", "--images", "4", "--steps", "3", "--guidance", "2", "--seed", "9", "--json", "figures.json"]
     assert main(arguments) == 0
-    assert calls == [("evaluate", "tiny", "base", 4, 9, 3, 2.0, None, "full", False)]
+    assert calls == [("evaluate", "tiny", "base", 4, 9, 3, 2.0, None, "full", False, None)]
     assert capfd.readouterr().out.splitlines()[0].split(maxsplit=1) == ["overall", "0.61 [0.50, 0.75] n=12"]
     written = json.loads((home / "figures.json").read_text())
     assert {name: written[name] for name in FIGURES} == FIGURES
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", written["date"])
     assert written["command"] == shlex.join(["snapgen", *arguments]) and "commit" in written
+
+
+def test_only_students_are_squeezed(home, calls, capfd):
+    assert main(["evaluate", "--bits", "4.3"]) == 0 and calls[-1][-1] == 4.3
+    assert main(["evaluate", "--stage", "teacher", "--bits", "4.3"]) == 2
+    assert "not the teacher" in capfd.readouterr().err
 
 
 def test_a_failed_evaluation_leaves_the_old_figures(home, monkeypatch, capfd):

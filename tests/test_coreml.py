@@ -216,8 +216,10 @@ def test_the_command_exports_and_verifies(pipe, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(snapgen_core, "load", lambda *given, **more: asked.update(given=given, **more) or pipe)
     monkeypatch.setattr(coreml, "export", lambda pipe, out, facts, target, guided, bits, core_ai: (out.mkdir(), (out / "manifest.json").write_text(json.dumps({"parts": {}})), asked.update(target=target, guided=guided, bits=bits)))
     monkeypatch.setattr(verify, "verify", lambda out, pipe, made: {"parts": [{"part": "VAEDecoder", "output": "image", "fp32_db": 90.0, "fp16_db": 70.5, "core_ai_db": 123.4}], "picture": {"steps": 4, "fp16_db": 60.0}})
-    assert main(["export", "--stage", "distilled", "--out", str(tmp_path / "b"), "--target", "iOS17", "--bits", "4.3", "--verify"]) == 0
+    assert main(["export", "--stage", "distilled", "--out", str(tmp_path / "b"), "--target", "iOS17", "--bits", "4.3", "--verify", "--json", str(tmp_path / "m.json")]) == 0
     out = capfd.readouterr().out
     assert "123.4" in out and "70.5" in out and "60.0" in out and f"bundle {tmp_path / 'b'}" in out
     assert asked["decoder"] == "tiny" and asked["target"] == "iOS17" and asked["guided"] is False and asked["bits"] == 4.3
+    written = json.loads((tmp_path / "m.json").read_text())
+    assert written["command"].startswith("snapgen export --stage distilled") and written["parity"]["picture"]["fp16_db"] == 60.0
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["parity"]["picture"]["fp16_db"] == 60.0

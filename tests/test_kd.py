@@ -277,6 +277,16 @@ def test_options_without_effect_are_refused(stage, teacher_folder):
     assert stage(constant="0.50,2.0").options["constant"] == "0.5,2" and "t5" not in stage(t5="yes").options
 
 
+def test_batch_and_rate_change_the_settings_and_tell_runs_apart():
+    made, plain = build_stage("base", "tiny", 0, 128, 1e-3), build_stage("base", "tiny", 0)
+    assert (made.settings.batch_size, made.settings.learning_rate) == (128, 1e-3) and made.options == {"batch": "128", "rate": "0.001"}
+    assert plain.options == {} and (plain.settings.batch_size, plain.settings.learning_rate) == (64, 8e-4)
+    more = build_stage("teacher", "tiny", 0, scenes=70_000)
+    assert more.options == {"scenes": "70000"} and more.scenes == 70_000
+    with pytest.raises(UserError, match="stage base takes no --scenes, only teacher does"):
+        build_stage("base", "tiny", scenes=5)
+
+
 def test_options_of_other_stages_are_refused():
     assert parse_weights("0.5,2") == (0.5, 2.0)
     with pytest.raises(UserError, match="stage base takes no --constant, only kd does"):

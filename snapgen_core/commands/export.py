@@ -1,12 +1,13 @@
 """`snapgen export`: a pipeline as Core ML packages, and proof that they compute the same."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ..errors import UserError, reason
-from ..files import write_json
+from ..files import git_commit, now, write_json
 from ..paths import home
-from .common import quiet_libraries
+from .common import check_output, quiet_libraries
 
 
 def check_folder(out: Path) -> Path:
@@ -27,6 +28,8 @@ def check_folder(out: Path) -> Path:
 
 def export(args: argparse.Namespace) -> int:
     """Write the bundle, verify it if asked, and say where it lies."""
+    if args.json:
+        check_output(args.json, ".json")
     out = check_folder(args.out or home() / "exports" / "coreml" / f"{args.scale}-{args.stage}")
     quiet_libraries(args.scale)
 
@@ -45,5 +48,8 @@ def export(args: argparse.Namespace) -> int:
             print(f"{row['part']:<32}{row['output']:<24}{row['fp32_db']:>9.1f}{row['fp16_db']:>9.1f}" + (f"{row['core_ai_db']:>9.1f}" if row["core_ai_db"] is not None else f"{'–':>9}"))
         picture = figures["picture"]
         print(f"{'a picture in ' + str(picture['steps']) + ' steps':<65}{picture['fp16_db']:>9.1f}")
+    if args.json:
+        facts = {"command": shlex.join(["snapgen", *args.argv]), "commit": git_commit(), "date": now()}
+        write_json(args.json, facts | coreml.read_manifest(out))
     print(f"bundle {out}")
     return 0
