@@ -289,6 +289,16 @@ def _from_pretrained(cls: Any, source: str, subfolder: str, **kwargs: Any) -> An
         raise UserError(f"cannot load {'/'.join(filter(None, (source, subfolder)))}: {reason(error)}") from None
 
 
+def clip_files(tokenizer: Any) -> dict[str, str]:
+    """The two files of a CLIP tokenizer, by name. Raises UserError where it is of another kind."""
+    try:
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+        return {"vocab.json": json.dumps(model["vocab"], ensure_ascii=False), "merges.txt": "#version: 0.2\n" + merges}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"no tokenizer of CLIP's kind: {reason(error)}") from None
+
+
 # ------------------------------------------------------------------------------------------------- store
 
 

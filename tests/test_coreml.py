@@ -14,6 +14,7 @@ from snapgen_core.errors import UserError
 from snapgen_core.export import coreml, verify
 from snapgen_core.export.parts import parts
 from snapgen_core.export.replay import Replay
+from snapgen_core.text import clip_files
 from snapgen_core.unet import SnapGenUNet
 
 ct = pytest.importorskip("coremltools")
@@ -81,6 +82,7 @@ def test_the_manifest_tells_what_is_there(bundle):
         files = sorted(file for file in (bundle / entry["file"]).rglob("*") if file.is_file())
         assert entry["bytes"] == sum(file.stat().st_size for file in files)
         assert entry["sha256"] == hashlib.sha256(b"".join(file.read_bytes() for file in files if file.name != "Manifest.json")).hexdigest()
+    assert any("cos" in line and "fp32" in line for line in manifest["lint"][UNET]["leaves"]) and any("padded" in line for line in manifest["lint"][UNET]["wastes"])
     assert manifest["sampler"]["sigmas_of_4_steps"] == pytest.approx([1, 0.9, 0.75, 0.5, 0]) and manifest["sampler"]["time_shift"] == 3.0
     assert (manifest["target"], manifest["stage"], manifest["guided"]) == ("iOS17", "base", True)
     readme = (bundle / "README.md").read_text()
@@ -178,10 +180,10 @@ def test_a_target_that_cannot_hold_the_graph(pipe):
         coreml.convert(coreml.Part("TextEncoder", Exotic(), part.inputs, ("hidden_embeds",)), "iOS18")
 
 
-def test_a_tokenizer_of_another_kind(pipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(pipe.text.tokenizers, "clip_l", object())
-    with pytest.raises(UserError, match="no tokenizer of CLIP's kind"):
-        coreml._write_tokenizer(pipe, tmp_path)
+def test_a_tokenizer_of_another_kind(pipe):
+    for other in (object(), pipe.text.tokenizers["lm"]):
+        with pytest.raises(UserError, match="no tokenizer of CLIP's kind"):
+            clip_files(other)
 
 
 def test_no_bundle_and_a_damaged_one(bundle, tmp_path):

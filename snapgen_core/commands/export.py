@@ -39,7 +39,7 @@ def export(args: argparse.Namespace) -> int:
     pipe = load(args.scale, args.stage, args.checkpoint, decoder="tiny")
     guided = args.stage != "distilled"
     made = coreml.export(pipe, out, {"scale": args.scale, "stage": args.stage}, args.target, guided, args.bits, args.core_ai)
-    print("what the Neural Engine has no part for" + "".join(f"\n  {name}: {sum('stays on' not in line for line in lines)} kinds of operations" for name, lines in coreml.read_manifest(out).get("lint", {}).items()) + "\n  which and why: manifest.json, lint")
+    print("what the Neural Engine has no part for" + "".join(f"\n  {name}: {len(found['leaves'])} kinds of operations" for name, found in coreml.read_manifest(out).get("lint", {}).items()) + "\n  which and why: manifest.json, lint")
     if args.verify:
         figures = verify.verify(out, pipe, made)
         write_json(out / "manifest.json", coreml.read_manifest(out) | {"parity": figures})

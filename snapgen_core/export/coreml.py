@@ -21,6 +21,7 @@ from .. import flow
 from ..errors import UserError, reason
 from ..files import atomic_folder, write_json
 from ..pipeline import SnapGenPipeline
+from ..text import clip_files
 from . import coreai
 from .lint import lint, summary
 from .palettize import to_mlpackage
@@ -29,7 +30,6 @@ from .replay import coremltools
 from .squeeze import calibration, squeeze
 
 TARGETS = ("iOS17", "iOS18")
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
 # ------------------------------------------------------------------------------------------------- conversion
@@ -112,7 +112,8 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
         denoiser = next(part.module for part in made if isinstance(part.module, DenoiserPart))
         palettes, squeezed = squeeze(denoiser.unet, calibration(pipe, guided), bits)
     with atomic_folder(folder) as part_folder:
-        _write_tokenizer(pipe, part_folder)
+        for name, text in clip_files(pipe.text.tokenizers["clip_l"]).items():
+            (part_folder / name).write_text(text, "utf-8")
         entries = {}
         for part in (bar := tqdm(made, desc="export", unit="part", dynamic_ncols=True)):
             bar.set_postfix_str(part.name)
@@ -132,7 +133,7 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
             "guided": guided,
             "palettes": squeezed,
             "parts": entries,
-            "lint": {name: summary(lint(part_folder / entry["file"])) for name, entry in entries.items()},
+            "lint": {name: _linted(part_folder / entry["file"]) for name, entry in entries.items()},
             "latents": {"channels": pipe.unet.config.in_channels, "size": pipe.config.image_size // 8, "scale": pipe.vae.config.scaling_factor, "shift": pipe.vae.config.shift_factor},
             "tokens": {"clip": pipe.text.shape.clip_tokens, "language_model": pipe.text.shape.lm_tokens},
             "sampler": {"kind": "flow matching, Euler", "time_shift": pipe.scheduler.config.shift, "timestep": "1000 * sigma", "sigmas_of_4_steps": [round(s, 6) for s in flow.inference_sigmas(4, pipe.scheduler.config.shift).tolist()]},
@@ -140,17 +141,6 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
         write_json(part_folder / "manifest.json", manifest)
         (part_folder / "README.md").write_text(_readme(manifest), "utf-8")
     return made
-
-
-def _write_tokenizer(pipe: SnapGenPipeline, folder: Path) -> None:
-    """The two files of CLIP's tokenizer, out of the tokenizer itself."""
-    try:
-        model = json.loads(pipe.text.tokenizers["clip_l"].backend_tokenizer.to_str())["model"]
-        (folder / TOKENIZER_FILES[0]).write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
-        merges = (" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"])
-        (folder / TOKENIZER_FILES[1]).write_text("#version: 0.2\n" + "".join(f"{pair}\n" for pair in merges), "utf-8")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"the pipeline has no tokenizer of CLIP's kind: {reason(error)}") from None
 
 
 def _entry(part: Part, path: Path) -> dict:
@@ -168,6 +158,12 @@ def _entry(part: Part, path: Path) -> dict:
         "outputs": [{"name": name, "shape": list(value.shape), "dtype": "float32"} for name, value in zip(part.outputs, answer)],
     }
     return {"file": path.name, **ports, "bytes": sum(file.stat().st_size for file in files), "sha256": total.hexdigest()}
+
+
+def _linted(path: Path) -> dict[str, list[str]]:
+    """What in a package leaves the Neural Engine, and what stays and wastes it."""
+    found = lint(path)
+    return {kind: summary([finding for finding in found if finding.leaves == leaves]) for kind, leaves in (("leaves", True), ("wastes", False))}
 
 
 def read_manifest(folder: Path) -> dict:
@@ -197,7 +193,7 @@ Packages for Core ML ({manifest['target']} or later), with the names and the ord
 2. Put the `.mlmodelc` folders, `vocab.json` and `merges.txt` into the app's resources.
 3. {mixing}
 4. Ask the app for one step more than you want: its scheduler shifts both ends of the time axis and spends the last step at a noise level of 0.009. An app of your own should use the levels in `manifest.json`, `sigmas_of_4_steps`.
-5. The app multiplies latents by a scale and adds a shift of its own before decoding, 1.5305 and 0.0609, those of Stable Diffusion 3. This bundle's are {manifest['latents']['scale']:.4f} and {manifest['latents']['shift']:.4f}.
+5. Before decoding, the app divides latents by a scale and adds a shift of its own, 1.5305 and 0.0609, those of Stable Diffusion 3. This bundle's are {manifest['latents']['scale']:.4f} and {manifest['latents']['shift']:.4f}.
 
 Prompts are cut at {manifest['tokens']['clip']} tokens. `TextEncoder3`, the language model, is optional: without it, fill its {manifest['tokens']['language_model']} tokens with zeros, as the student was trained to accept.
 """

@@ -74,7 +74,7 @@ def _broken(op, types) -> Iterator[tuple[str, bool]]:
 
 def summary(findings: list[Finding]) -> list[str]:
     """Findings of one kind and reason, a line each: how often, where first."""
-    kinds: dict[tuple[str, str, bool], list[str]] = {}
+    kinds: dict[tuple[str, str], list[str]] = {}
     for finding in findings:
-        kinds.setdefault((finding.op_type, finding.reason, finding.leaves), []).append(finding.operation)
-    return [f"{len(names)} x {op_type}: {reason}{'' if leaves else ' (stays on the engine)'}; first {names[0]}" for (op_type, reason, leaves), names in kinds.items()]
+        kinds.setdefault((finding.op_type, finding.reason), []).append(finding.operation)
+    return [f"{len(names)} x {op_type}: {reason}; first {names[0]}" for (op_type, reason), names in kinds.items()]

@@ -9,7 +9,6 @@ import copy
 import torch
 from torch import Tensor
 
-from .. import flow
 from ..errors import UserError
 from ..pipeline import SnapGenPipeline
 from ..scenes import draw_prompt
@@ -28,21 +27,15 @@ Batch = tuple[Tensor, Tensor, Tensor]  # sample [B,C,h,w], timestep [B], context
 def calibration(pipe: SnapGenPipeline, guided: bool, seed: int = 0) -> list[Batch]:
     """Inputs of the student while it draws PROMPTS pictures, prompt and, with `guided`, unconditional; in shuffled batches."""
     prompts = [draw_prompt(seed, i, "seen").text for i in range(PROMPTS)]
-    context = pipe.text.encode(prompts)
-    noise = pipe.noise(PROMPTS, torch.Generator().manual_seed(seed))
     kept: list[Batch] = []
-    velocity = pipe.velocity(context, 4.0 if guided else 1.0)
-
-    def watch(x: Tensor, sigma: Tensor) -> Tensor:
-        both = torch.cat([torch.zeros_like(context), context]) if guided else context
-        x_both = torch.cat([x, x]) if guided else x
-        kept.append((x_both, (flow.TIMESTEPS * sigma).to(x.device).expand(len(x_both)), both.transpose(1, 2)[:, :, None]))
-        return velocity(x, sigma)
-
-    flow.sample(watch, noise, pipe.sigmas(STEPS))
-    samples = [torch.cat(parts) for parts in zip(*kept)]
-    order = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(seed)).to(noise.device)
-    return list(zip(*(part[order].split(BATCH) for part in samples)))
+    hook = pipe.unet.register_forward_pre_hook(lambda unet, given: kept.append(given))
+    try:
+        pipe(prompts, num_inference_steps=STEPS, guidance_scale=4.0 if guided else 1.0, generator=torch.Generator().manual_seed(seed), output_type="latent")
+    finally:
+        hook.remove()
+    samples, timesteps, context = (torch.cat(parts) for parts in zip(*kept))
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).to(samples.device)
+    return list(zip(*(part[order].split(BATCH) for part in (samples, timesteps, context.transpose(1, 2)[:, :, None]))))
 
 
 def squeeze(phone: PhoneUNet, batches: list[Batch], bits: float, tune_steps: int = TUNE_STEPS, progress: bool = True) -> tuple[Palettes, dict]:

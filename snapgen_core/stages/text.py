@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..scales import get_scale
 from ..scenes import COLOURS, TASKS, TRAIN_MIX, Prompt, draw_prompt, emoji_table, is_held_out, render
-from ..text import until_end
+from ..text import clip_files, until_end
 from ..train import TrainSettings
 from ..weights import save_half
 
@@ -77,14 +77,8 @@ def clip_tokenizer(max_length: int) -> CLIPTokenizer:
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write vocab.json, merges.txt (CLIP's two files) and tokenizer_config.json."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.model_max_length}
-    texts = {
-        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
-        "merges.txt": "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"]),
-        "tokenizer_config.json": json.dumps(config, indent=1),
-    }
-    for name, text in texts.items():
+    for name, text in (clip_files(tokenizer) | {"tokenizer_config.json": json.dumps(config, indent=1)}).items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
