@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .decoder import TinyDecoder
 from .errors import UserError
 from .export.coreml import convert
+from .export.lint import report
 from .export.palettize import average_bits, palettizable, palettize, plan, sensitivities, to_mlpackage
 from .export.parts import APP_WIDTH, DecoderPart, DenoiserPart, Part
 from .export.phone import PhoneGroupNorm, PhoneUNet, replace_modules
@@ -84,7 +85,7 @@ def measure(name: str, folder: Path) -> dict:
     convert(part).save(str(path))
     lap("convert")
     figures["memory_gib"] = peak_memory()
-    figures["megabytes"] = size(path)
+    figures |= {"megabytes": size(path), "lint": report(path)}
     for precision in ("fp32", "fp16"):
         figures[f"{precision}_db"] = psnr_db(expected, Replay(path, precision)(**part.inputs)[part.outputs[0]])
         lap(f"replay {precision}")

@@ -34,7 +34,7 @@ def export(args: argparse.Namespace) -> int:
     quiet_libraries(args.scale)
 
     from .. import load
-    from ..export import coreml, verify
+    from ..export import coreml, macos, verify
 
     pipe = load(args.scale, args.stage, args.checkpoint, decoder="tiny")
     guided = args.stage != "distilled"
@@ -48,6 +48,12 @@ def export(args: argparse.Namespace) -> int:
             print(f"{row['part']:<32}{row['output']:<24}{row['fp32_db']:>9.1f}{row['fp16_db']:>9.1f}" + (f"{row['core_ai_db']:>9.1f}" if row["core_ai_db"] is not None else f"{'–':>9}"))
         picture = figures["picture"]
         print(f"{'a picture in ' + str(picture['steps']) + ' steps':<65}{picture['fp16_db']:>9.1f}")
+        if macos.available():
+            figures = verify.on_this_mac(out, pipe, made)
+            write_json(out / "manifest.json", coreml.read_manifest(out) | {"macos": figures})
+            print(macos.table(figures))
+        else:
+            print("speed and the places of operations: only a Mac can tell, by the same command")
     if args.json:
         facts = {"command": shlex.join(["snapgen", *args.argv]), "commit": git_commit(), "date": now()}
         write_json(args.json, facts | coreml.read_manifest(out))

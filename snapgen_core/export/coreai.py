@@ -8,6 +8,7 @@ import asyncio
 import inspect
 import io
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def run(path: Path, **inputs: Tensor) -> dict[str, Tensor]:
             return {name: torch.from_numpy(value.numpy().copy()) for name, value in found.items()}
 
     try:
-        return asyncio.run(answer())
+        with ThreadPoolExecutor(1) as aside:  # a notebook's thread has a loop of its own, in which no other may run
+            return aside.submit(asyncio.run, answer()).result()
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path}: Core AI cannot run it: {reason(error)}") from None

@@ -23,7 +23,7 @@ from ..files import atomic_folder, write_json
 from ..pipeline import SnapGenPipeline
 from ..text import clip_files
 from . import coreai
-from .lint import lint, summary
+from .lint import report
 from .palettize import to_mlpackage
 from .parts import DenoiserPart, Part, parts
 from .replay import coremltools
@@ -133,7 +133,7 @@ def export(pipe: SnapGenPipeline, folder: Path, facts: dict, target: str = "iOS1
             "guided": guided,
             "palettes": squeezed,
             "parts": entries,
-            "lint": {name: _linted(part_folder / entry["file"]) for name, entry in entries.items()},
+            "lint": {name: report(part_folder / entry["file"]) for name, entry in entries.items()},
             "latents": {"channels": pipe.unet.config.in_channels, "size": pipe.config.image_size // 8, "scale": pipe.vae.config.scaling_factor, "shift": pipe.vae.config.shift_factor},
             "tokens": {"clip": pipe.text.shape.clip_tokens, "language_model": pipe.text.shape.lm_tokens},
             "sampler": {"kind": "flow matching, Euler", "time_shift": pipe.scheduler.config.shift, "timestep": "1000 * sigma", "sigmas_of_4_steps": [round(s, 6) for s in flow.inference_sigmas(4, pipe.scheduler.config.shift).tolist()]},
@@ -158,12 +158,6 @@ def _entry(part: Part, path: Path) -> dict:
         "outputs": [{"name": name, "shape": list(value.shape), "dtype": "float32"} for name, value in zip(part.outputs, answer)],
     }
     return {"file": path.name, **ports, "bytes": sum(file.stat().st_size for file in files), "sha256": total.hexdigest()}
-
-
-def _linted(path: Path) -> dict[str, list[str]]:
-    """What in a package leaves the Neural Engine, and what stays and wastes it."""
-    found = lint(path)
-    return {kind: summary([finding for finding in found if finding.leaves == leaves]) for kind, leaves in (("leaves", True), ("wastes", False))}
 
 
 def read_manifest(folder: Path) -> dict:

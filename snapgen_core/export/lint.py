@@ -78,3 +78,9 @@ def summary(findings: list[Finding]) -> list[str]:
     for finding in findings:
         kinds.setdefault((finding.op_type, finding.reason), []).append(finding.operation)
     return [f"{len(names)} x {op_type}: {reason}; first {names[0]}" for (op_type, reason), names in kinds.items()]
+
+
+def report(path: Path) -> dict[str, list[str]]:
+    """`summary` of a package: what "leaves" the engine, and what stays and "wastes" it."""
+    found = lint(path)
+    return {kind: summary([finding for finding in found if finding.leaves == leaves]) for kind, leaves in (("leaves", True), ("wastes", False))}

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import flow
 from ..errors import UserError
 from ..pipeline import SnapGenPipeline
-from . import coreai
+from . import coreai, macos
 from .coreml import read_manifest
 from .parts import DenoiserPart, Part
 from .replay import Replay, psnr_db
@@ -100,15 +100,30 @@ def parity(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part], prompts: I
         worst = {name: {} for name in part.outputs}
         for prompt in prompts:
             inputs = realistic(part, pipe, prompt)
-            answer = part.module(**inputs)
-            answer = answer if isinstance(answer, tuple) else (answer,)
+            expected = answers(part, inputs)
             for precision, package in packages.items():
                 replayed = package(**inputs)
-                for name, expected in zip(part.outputs, answer):
-                    found = psnr_db(expected, replayed[name])
+                for name, value in expected.items():
+                    found = psnr_db(value, replayed[name])
                     worst[name][precision] = min(found, worst[name].get(precision, found))
         rows += [Parity(part.name, name, figures["fp32"], figures["fp16"], figures.get("core_ai")) for name, figures in worst.items()]
     return rows
+
+
+def answers(part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What torch computes, by the outputs' names."""
+    found = part.module(**inputs)
+    return dict(zip(part.outputs, found if isinstance(found, tuple) else (found,)))
+
+
+@torch.no_grad()
+def on_this_mac(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part]) -> dict[str, dict]:
+    """Core ML's own answers, places and times for each part (`macos.measure`)."""
+    found = {}
+    for part in made:
+        inputs = realistic(part, pipe, PROMPTS[0])
+        found[part.name] = macos.measure(folder / f"{part.name}.mlpackage", inputs, answers(part, inputs))
+    return found
 
 
 def pictures(folder: Path, pipe: SnapGenPipeline, prompt: str, steps: int, guidance: float, seed: int = 0) -> tuple[Tensor, Tensor]:
