@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .errors import UserError, reason
@@ -43,14 +44,23 @@ class Figure:
 
 
 def _png(image) -> bytes:
-    buffer = io.BytesIO()
     if isinstance(image, Image.Image):
-        image.save(buffer, "PNG")
-    else:
-        import matplotlib.pyplot as plt
+        return to_png(image)
+    import matplotlib.pyplot as plt
 
-        image.savefig(buffer, format="png", dpi=110, bbox_inches="tight", facecolor="white")
-        plt.close(image)
+    buffer = io.BytesIO()
+    image.savefig(buffer, format="png", dpi=110, bbox_inches="tight", facecolor="white")
+    plt.close(image)
+    return buffer.getvalue()
+
+
+def to_png(image: Image.Image, facts: dict[str, object] | None = None) -> bytes:
+    """The file's bytes, with `facts` as its text, so that the picture tells how to draw it again."""
+    info = PngInfo()
+    for name, value in (facts or {}).items():
+        info.add_itxt(name, str(value))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 

@@ -5,7 +5,8 @@ width.
 """
 
 import re
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -38,41 +39,54 @@ def word_rows(text: TextEncoders, prompt: str) -> dict[str, list[int]]:
     return rows
 
 
-@contextmanager
-def _recorded(unet):
-    """(module, its normed queries) of every cross-attention call while the block runs."""
-    calls: list[tuple[Attention, Tensor]] = []
-    with ExitStack() as stack:
-        for name, module in unet.named_modules():
-            if name.endswith("cross_attention"):
-                hook = module.norm_q.register_forward_hook(lambda _, args, q, module=module: calls.append((module, q)))
-                stack.callback(hook.remove)
-        yield calls
+class WordReader:
+    """Adds up, while `pipe` draws `prompt`, how much of the attention each place gives to each row of the context.
+
+    A context manager; `add_up` is to be called after each step.
+    """
+
+    def __init__(self, pipe, prompt: str, encoders: Iterable[str] = ENCODERS):
+        self.context = pipe.text.encode([prompt], encoders)
+        self._rows = word_rows(pipe.text, prompt)
+        self._side = pipe.config.image_size // 8
+        self._total = torch.zeros(self._side, self._side, self.context.shape[1], device=self.context.device)
+        self._layers, self._unet = 0, pipe.unet
+        self._calls: list[tuple[Attention, Tensor]] = []  # (module, its normed queries)
+
+    def __enter__(self) -> Self:
+        self._hooks = [
+            module.norm_q.register_forward_hook(lambda _, args, q, module=module: self._calls.append((module, q)))
+            for name, module in self._unet.named_modules()
+            if name.endswith("cross_attention")
+        ]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def add_up(self, *_) -> None:
+        for module, q in self._calls:
+            weights = attention_weights(module, q[-1:], self.context.to(q.dtype))[0]  # the last one reads the prompt
+            size = round(len(weights) ** 0.5)
+            grid = weights.T.reshape(1, -1, size, size).float()
+            self._total += F.interpolate(grid, size=(self._side, self._side), mode="bilinear")[0].permute(1, 2, 0)
+            self._layers += 1
+        self._calls.clear()
+
+    def maps(self) -> dict[str, Tensor]:
+        """For each word of the prompt the share of attention it got, [h, w]."""
+        return {word: (self._total[..., places].sum(dim=-1) / self._layers).cpu() for word, places in self._rows.items()}
 
 
-@torch.no_grad()
 def word_maps(pipe, prompt: str, seed: int = 0, steps: int = 28, guidance: float = 4.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Draw `prompt` and return the picture [3, H, W] and for each of its words the share of attention it got, [h, w].
 
     h and w are those of the latent. Averaged over sampling steps, heads and all cross-attention layers; coarser layers
     are scaled up. The shares of one position over all context tokens, padding included, add up to 1.
     """
-    context = pipe.text.encode([prompt])
-    rows = word_rows(pipe.text, prompt)
-    side = pipe.config.image_size // 8
-    total, layers = torch.zeros(side, side, context.shape[1], device=context.device), 0
-    with _recorded(pipe.unet) as calls:
-
-        def add_up(*_) -> None:
-            nonlocal total, layers
-            for module, q in calls:
-                weights = attention_weights(module, q[-1:], context.to(q.dtype))[0]  # the last one reads the prompt
-                size = round(len(weights) ** 0.5)
-                grid = weights.T.reshape(1, -1, size, size).float()
-                total += F.interpolate(grid, size=(side, side), mode="bilinear")[0].permute(1, 2, 0)
-                layers += 1
-            calls.clear()
-
+    with WordReader(pipe, prompt) as reader:
         generator = torch.Generator().manual_seed(seed)
-        picture = pipe(prompt, steps, guidance, generator, output_type="pt", on_step=add_up).images[0]
-    return picture.cpu(), {word: (total[..., places].sum(dim=-1) / layers).cpu() for word, places in rows.items()}
+        picture = pipe(prompt, steps, guidance, generator, output_type="pt", on_step=reader.add_up).images[0]
+    return picture.cpu(), reader.maps()

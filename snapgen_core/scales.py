@@ -76,6 +76,7 @@ SCALES = {
 SCALE_NAMES = tuple(SCALES)
 PICTURE_STAGES = ("base", "kd", "distilled")  # students that draw
 PICTURE_DECODERS = ("full", "tiny")  # the autoencoder's own, or that of Sec. 3.2
+ENCODERS = ("clip_l", "clip_g", "lm")  # text encoders (Sec. 4), in the order of their parts of the context
 
 
 def get_scale(name: str) -> Scale:

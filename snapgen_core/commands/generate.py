@@ -31,14 +31,11 @@ def output_names(out: Path, num: int) -> list[Path]:
 
 def save_png(image: Any, path: Path, facts: dict[str, Any]) -> None:
     """Write a PIL image with `facts` as PNG text, so that the picture tells how to draw it again."""
-    from PIL.PngImagePlugin import PngInfo
+    from ..figures import to_png
 
-    info = PngInfo()
-    for name, value in facts.items():
-        info.add_itxt(name, str(value))
     try:
         with atomic_write(path) as part:
-            image.save(part, format="PNG", pnginfo=info)
+            part.write_bytes(to_png(image, facts))
     except OSError as error:  # the disk filled up while the picture was drawn
         raise UserError(f"cannot write {str(path)!r}: {reason(error)}") from None
 
