@@ -26,7 +26,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test lab checkpoints kdtable clean FORCE
+.PHONY: help venv run test lab demo checkpoints kdtable clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ test: $(STAMP) ## run all tests, then every notebook against its committed outpu
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
+
+demo: $(STAMP) ## open the studio to browsers of this machine, at http://localhost:8866/
+	$(BIN)/snapgen demo
 
 checkpoints: $(STAMP) ## train every stage again, MINUTES each, and ship the weights
 	@set -e; for stage in $(STAGES); do \

@@ -170,6 +170,15 @@ def _add_export(commands) -> None:
     export.add_argument("--verify", action="store_true", help="run every package with torch, on any machine, and hold it against the model; below 35 dB it fails")
 
 
+def _add_demo(commands) -> None:
+    demo = _add(commands, "demo", "serve the studio of notebook 08 to browsers of this machine",
+                "  snapgen demo\n"
+                "  snapgen demo --port 9000 --theme dark")
+    demo.add_argument("--port", type=_number(int, 1, 65535), default=8866, metavar="P", help="where it listens, on localhost alone (default: 8866)")
+    demo.add_argument("--visitors", type=_number(int, 1, 1000), default=12, metavar="N", help="how many at once; who comes later is told to wait (default: 12)")
+    demo.add_argument("--theme", choices=("light", "dark"), default="light", help="colours of the page (default: light)")
+
+
 def _add_bench(commands) -> None:
     bench = _add(commands, "bench", "time a network beside those that one might take instead",
                  "  snapgen bench unet --only ours --only dreamlite\n"
@@ -192,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_train, _add_generate, _add_evaluate, _add_prepare, _add_export, _add_bench):
+    for add in (_add_run, _add_train, _add_generate, _add_evaluate, _add_prepare, _add_export, _add_demo, _add_bench):
         add(commands)
     _add(commands, "doctor", "check this machine and installation, and say what to do", "  snapgen doctor")
     return parser
@@ -218,6 +227,8 @@ def _call(args: argparse.Namespace) -> int:
         from .commands.prepare import prepare as command
     elif args.command == "export":
         from .commands.export import export as command
+    elif args.command == "demo":
+        from .commands.demo import demo as command
     elif args.command == "bench":
         from .commands.bench import bench as command
     else:

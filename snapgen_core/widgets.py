@@ -27,10 +27,12 @@ STYLE = """<style>
 .snapgen figure { margin: 0; }
 .snapgen figcaption { font-size: 12px; line-height: 1.4; color: var(--jp-ui-font-color2, #555); overflow-wrap: anywhere; }
 .snapgen img { display: block; width: 100%; border-radius: 4px; background: var(--jp-layout-color2, #eee); }
+.snapgen .closer img { width: auto; max-width: 100%; }
 .snapgen .row { display: flex; flex-wrap: wrap; gap: 12px; }
 .snapgen .row figure { flex: 0 1 320px; min-width: 140px; }
 .snapgen .empty { width: min(320px, 100%); aspect-ratio: 1; display: grid; place-content: center; text-align: center; border-radius: 4px; border: 2px dashed var(--jp-border-color1, #bbb); color: var(--jp-ui-font-color2, #555); }
 .snapgen .problem { padding: 6px 10px; border-left: 4px solid #c62828; background: var(--jp-layout-color2, #fdecea); }
+.snapgen h2 { margin: 0 0 6px; font-size: 20px; color: var(--jp-ui-font-color1, #222); }
 .snapgen h3 { margin: 12px 0 4px; font-size: 15px; color: var(--jp-ui-font-color1, #222); }
 .snapgen a { color: var(--jp-content-link-color, #1565c0); }
 .snapgen button:focus-visible, .snapgen input:focus-visible, .snapgen select:focus-visible { outline: 3px solid #1e88e5; outline-offset: 1px; }
@@ -88,7 +90,7 @@ class Page:
         row = widgets.Layout(display="flex", flex_flow="row wrap", align_items="center", width="100%", overflow="visible", grid_gap="4px 10px")
         self.root = widgets.VBox(
             [
-                widgets.HTML(STYLE),
+                widgets.HTML(STYLE + "<h2>SnapGen studio</h2>"),
                 widgets.Box([self.prompt, self.generate, self.stop], layout=row),
                 widgets.Box(chips, layout=row),
                 widgets.Box([self.seed, self.dice, self.count, self.stage, self.decoder], layout=row),
@@ -175,7 +177,9 @@ class Page:
                 slot.root.layout.order = str(place)
         if desk.result is not None:
             kind = "gif" if desk.result.data[:3] == b"GIF" else "png"
-            self.result.value = _figure(desk.result.data, kind, desk.result.facts["alt"], f"{html.escape(desk.result.facts['alt'])} {desk.result.facts['seconds']:.1f} s. {_download(desk.result.data, kind, 'snapgen')}")
+            alt, seconds = desk.result.facts["alt"], desk.result.facts["seconds"]
+            caption = f"{html.escape(alt)} {seconds:.1f} s. {_download(desk.result.data, kind, 'snapgen')}"
+            self.result.value = f'<div class="closer">{_figure(desk.result.data, kind, alt, caption)}</div>'
 
     def told(self) -> str:
         """The line below the settings."""

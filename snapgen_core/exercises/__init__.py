@@ -3,6 +3,7 @@
 from .coreml_export import check_megabytes, check_nearest, check_safe_rms
 from .efficient_unet import check_design, check_layer_macs, check_separable
 from .flow_matching import check_endpoints, check_heun, check_share_above
+from .generate import check_admit, check_arc, check_calls
 from .knowledge_distillation import check_binned_ratio, check_half_weight, check_teachers_share
 from .start_here import check_fusion, check_judge, check_numbers
 from .step_distillation import check_penalty, check_straight_loss, check_three_levels
@@ -11,7 +12,10 @@ from .verdict import Verdict
 
 __all__ = [
     "Verdict",
+    "check_admit",
+    "check_arc",
     "check_binned_ratio",
+    "check_calls",
     "check_decoder_design",
     "check_design",
     "check_endpoints",

@@ -1,0 +1,60 @@
+"""The studio's page on localhost: Voila, with a limit to its visitors. A process of its own, started by `snapgen demo`.
+
+Voila starts a kernel for each visitor and lets a page send nothing but messages of widgets: no code of a visitor ever runs.
+A visitor's kernel holds widgets only; the models are in the engine's process.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from tornado.web import Finish
+from traitlets.config import Config
+from voila.app import Voila
+
+IDLE_SECONDS = 1200  # after which a kernel ends, whether its page is open or not
+VISITORS = "SNAPGEN_STUDIO_VISITORS"  # environment variable: the most kernels at once
+FULL = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>SnapGen studio: full</title>
+<meta http-equiv="refresh" content="10"><style>:root {{ color-scheme: light dark }} body {{ font: 18px/1.5 system-ui, sans-serif; max-width: 32em; margin: 15vh auto; padding: 0 1em }}</style>
+<h1>Please wait</h1><p role="status">All {visitors} places of the studio are taken. This page tries again every ten seconds.</p></html>"""
+
+
+class Kernels(AsyncMappingKernelManager):
+    """Knows of the kernels that are about to start, too."""
+
+    starting = 0
+
+    async def start_kernel(self, *args: Any, **more: Any) -> str:
+        self.starting += 1
+        try:
+            return await super().start_kernel(*args, **more)
+        finally:
+            self.starting -= 1
+
+    def taken(self) -> int:
+        return len(self.list_kernel_ids()) + self.starting
+
+
+def at_the_door(handler: Any, notebook: Any, cwd: str) -> None:
+    """Who comes when all places are taken gets a page that says so."""
+    visitors = int(os.environ[VISITORS])
+    if handler.kernel_manager.taken() >= visitors:
+        handler.set_status(503)
+        handler.set_header("Content-Type", "text/html; charset=utf-8")
+        handler.write(FULL.format(visitors=visitors))
+        raise Finish
+
+
+def configuration(port: int, theme: str) -> Config:
+    config = Config()
+    config.Voila.update(ip="127.0.0.1", port=port, port_retries=0, open_browser=False)
+    config.VoilaConfiguration.update(theme=theme, show_tracebacks=False, multi_kernel_manager_class=Kernels, prelaunch_hook=at_the_door, allow_template_override="NO", file_allowlist=[])
+    config.MappingKernelManager.update(cull_idle_timeout=IDLE_SECONDS, cull_interval=30, cull_connected=True)
+    return config
+
+
+if __name__ == "__main__":
+    notebook, port, theme = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    Voila.launch_instance(argv=[str(notebook)], config=configuration(port, theme))
