@@ -6,6 +6,7 @@ import html
 import os
 import random
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ EXAMPLES = ("a red apple", "three green stars", "a dog left of a cat", "a purple
 ENCODER_NAMES = dict(zip(ENCODERS, ("CLIP-L", "CLIP-G", "language model")))
 DECODER_NAMES = dict(zip(("full", "tiny"), ("the autoencoder's", "tiny, Sec. 3.2")))
 SLOTS = 8  # pictures of the history on the page
+AFTER_ENTER = 0.1  # seconds
 
 STYLE = """<style>
 .snapgen { max-width: 1100px; color: var(--jp-ui-font-color1, #222); }
@@ -62,8 +64,8 @@ class Page:
         self.desk = Desk(engine.run, self.show)
         wide = {"description_width": "auto"}
         auto = widgets.Layout(width="auto", max_width="100%")
-        self.prompt = widgets.Text(EXAMPLES[0], description="Prompt", placeholder="what to draw", continuous_update=True, layout=widgets.Layout(width="auto", flex="1 1 260px", min_width="200px"), style=wide)
-        self.prompt.on_msg(lambda _, content, __: self.draw() if content.get("event") == "submit" else None)  # the Enter key
+        self.prompt = widgets.Text(EXAMPLES[0], description="Prompt", placeholder="what to draw", continuous_update=False, layout=widgets.Layout(width="auto", flex="1 1 260px", min_width="200px"), style=wide)
+        self.prompt.on_msg(lambda _, content, __: self.entered() if content.get("event") == "submit" else None)
         self.generate = _button("Generate", self.draw, "paint-brush", "Draw the prompt", "primary")
         self.stop = _button("Cancel", self.desk.cancel, "stop", "Stop drawing, and forget what waits")
         chips = [_button(text, lambda text=text: self.example(text), "", f"Draw {text}") for text in EXAMPLES]
@@ -73,14 +75,14 @@ class Page:
         self.count = widgets.BoundedIntText(1, 1, MOST_PICTURES, description="Pictures", layout=widgets.Layout(width="130px"), style=wide)
         self.stage = widgets.Dropdown(options=engine.stages, value=engine.stages[-1], description="Stage", layout=auto, style=wide)
         self.decoder = widgets.Dropdown(options=[(DECODER_NAMES[name], name) for name in PICTURE_DECODERS], value="tiny", description="Decoder", layout=auto, style=wide)
-        self.steps = widgets.IntSlider(4 if engine.stages[-1] in UNGUIDED else MOST_STEPS, 1, MOST_STEPS, description="Steps", layout=widgets.Layout(width="auto", flex="1 1 220px", min_width="200px"), style=wide)
-        self.guidance = widgets.FloatSlider(4.0, min=1, max=10, step=0.5, description="Guidance", layout=widgets.Layout(width="auto", flex="1 1 220px", min_width="200px"), style=wide)
+        self.steps = widgets.IntSlider(4 if engine.stages[-1] in UNGUIDED else MOST_STEPS, 1, MOST_STEPS, description="Steps", continuous_update=False, layout=widgets.Layout(width="auto", flex="1 1 220px", min_width="200px"), style=wide)
+        self.guidance = widgets.FloatSlider(4.0, min=1, max=10, step=0.5, description="Guidance", continuous_update=False, layout=widgets.Layout(width="auto", flex="1 1 220px", min_width="200px"), style=wide)
         self.why = widgets.HTML()
         self.encoders = {name: widgets.Checkbox(True, description=text, indent=False, layout=widgets.Layout(width="auto")) for name, text in ENCODER_NAMES.items()}
 
         self.problem, self.status, self.pictures, self.result = (widgets.HTML() for _ in range(4))
         self.word = widgets.Dropdown(description="Word", layout=auto, style=wide)
-        self.to_prompt = widgets.Text("", description="To prompt", placeholder="the same", layout=widgets.Layout(width="auto", flex="1 1 200px", min_width="180px"), style=wide)
+        self.to_prompt = widgets.Text("", description="To prompt", placeholder="the same", continuous_update=False, layout=widgets.Layout(width="auto", flex="1 1 200px", min_width="180px"), style=wide)
         self.to_seed = widgets.BoundedIntText(1, 0, LARGEST_SEED, description="to seed", layout=widgets.Layout(width="150px"), style=wide)
         self.slots = [_Slot(self.again) for _ in range(SLOTS)]
         self._shown: Drawn | None = None
@@ -116,15 +118,19 @@ class Page:
 
     @property
     def order(self) -> Order:
-        """The page's settings."""
+        """The page's settings. (A slider may say 3.9999999999999996.)"""
         encoders = tuple(name for name, box in self.encoders.items() if box.value)
-        return Order(self.prompt.value, self.seed.value, self.steps.value, self.guidance.value, self.stage.value, self.decoder.value, encoders, self.count.value)
+        return Order(self.prompt.value, self.seed.value, self.steps.value, round(self.guidance.value, 2), self.stage.value, self.decoder.value, encoders, self.count.value)
 
     def ask(self, kind: str, **more) -> None:
         self.desk.ask(Task(kind, self.order, **more))
 
     def draw(self) -> None:
         self.ask("draw")
+
+    def entered(self) -> None:
+        """The Enter key: what was typed arrives just after it."""
+        threading.Timer(AFTER_ENTER, self.draw).start()
 
     def walk(self) -> None:
         self.ask("walk", to_prompt=self.to_prompt.value.strip(), to_seed=self.to_seed.value)

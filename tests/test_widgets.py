@@ -77,8 +77,12 @@ def test_a_click_draws_what_the_page_says(page):
 
 def test_enter_draws(page):
     page.prompt._handle_custom_msg({"event": "submit"}, [])
-    settled(page)
-    assert page.desk.pictures
+    page.prompt.value = "what was typed last"  # comes after the key
+    end = time.monotonic() + 20
+    while not page.desk.pictures:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert page.desk.pictures[0].facts["prompt"] == "what was typed last"
 
 
 def test_examples_and_the_dice(page):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def demo(args: argparse.Namespace) -> int:
         environment = os.environ | server.environment | {VISITORS: str(args.visitors)}
         process = subprocess.Popen([sys.executable, "-m", "snapgen_core.studio.pages", str(notebook), str(args.port), args.theme], env=environment)
         print(f"the studio is at http://localhost:{args.port}/ (this machine only, {args.visitors} visitors at once); Ctrl-C ends it", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the page's process ends with this one
         try:
             return process.wait()
         finally:

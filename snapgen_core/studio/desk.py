@@ -116,6 +116,7 @@ class Desk:
             self.progress = event
         elif event.kind == "picture":
             self.pictures.appendleft(Drawn(task, event.facts, event.data))
+            self.progress = None
         elif event.kind == "result":
             self.result = event
         else:

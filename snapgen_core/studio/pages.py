@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from tornado.ioloop import IOLoop
 from tornado.web import Finish
 from traitlets.config import Config
 from voila.app import Voila
 
-IDLE_SECONDS = 1200  # after which a kernel ends, whether its page is open or not
+IDLE_SECONDS = 1200  # after which a kernel ends, though its page is open
+GRACE_SECONDS = 3  # in which a page that has lost its kernel may come back to it
 VISITORS = "SNAPGEN_STUDIO_VISITORS"  # environment variable: the most kernels at once
 FULL = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>SnapGen studio: full</title>
 <meta http-equiv="refresh" content="10"><style>:root {{ color-scheme: light dark }} body {{ font: 18px/1.5 system-ui, sans-serif; max-width: 32em; margin: 15vh auto; padding: 0 1em }}</style>
@@ -22,7 +24,7 @@ FULL = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 
 
 class Kernels(AsyncMappingKernelManager):
-    """Knows of the kernels that are about to start, too."""
+    """Knows of the kernels that are about to start, too, and ends those whose page has gone."""
 
     starting = 0
 
@@ -32,6 +34,14 @@ class Kernels(AsyncMappingKernelManager):
             return await super().start_kernel(*args, **more)
         finally:
             self.starting -= 1
+
+    def notify_disconnect(self, kernel_id: str) -> None:
+        super().notify_disconnect(kernel_id)
+        IOLoop.current().call_later(GRACE_SECONDS, self._end_if_left, kernel_id)
+
+    async def _end_if_left(self, kernel_id: str) -> None:
+        if kernel_id in self and not self._kernel_connections.get(kernel_id):
+            await self.shutdown_kernel(kernel_id)
 
     def taken(self) -> int:
         return len(self.list_kernel_ids()) + self.starting
