@@ -1,5 +1,6 @@
 """The loop: exact resume after kill -9, budgets, EMA, refusals, a NaN."""
 
+import copy
 import json
 import math
 import os
@@ -274,6 +275,23 @@ def test_turns_and_rates_are_those_of_two_optimisers(tmp_path):
         train(again, tmp_path, steps=steps, progress=False)
     for name, tensor in hand.state_dict().items():
         assert torch.allclose(again.module.state_dict()[name], tensor, rtol=1e-5), name
+
+
+def test_the_rate_warms_up_and_cools_down(tmp_path):
+    """By hand; and stopped while it cools, and resumed."""
+    stage = LineStage(ema_decay=0.0, warmup_steps=4, cooldown=0.5, clip_norm=None)
+    hand = copy.deepcopy(stage.module)
+    optimizer = torch.optim.AdamW(hand.parameters(), lr=1e-2, weight_decay=0.01, fused=True)
+    for step in range(20):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * ((step + 1) / 4 if step < 4 else 1.0 if step < 10 else (20 - step) / 10)
+        optimizer.zero_grad()
+        hand(**stage.batch(step))[0].backward()
+        optimizer.step()
+    train(stage, tmp_path / "whole", steps=20, progress=False)
+    for name, tensor in hand.state_dict().items():
+        assert torch.allclose(stage.module.state_dict()[name], tensor, rtol=1e-5, atol=1e-7), name
+    assert [TrainSettings(16, 1.0, cooldown=0.5, warmup_steps=1).share_of_rate(step, 10**9) for step in (0, 10**6)] == [1, 1]
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -119,7 +119,7 @@ class DistilledStage(TaughtStage):
         unet = load_unet(checkpoint_dir(scale) / "kd")
         discriminator = LatentDiscriminator(self.teacher.block_features, self.teacher.transformer.inner_dim, held.pooled_projection_dim, blocks)
         self.module = DistilledTraining(unet, discriminator, get_scale(scale).shift, PARTS if only is None else (only,)).to(memory_format=torch.channels_last)
-        self.settings = TrainSettings(batch_size=64, learning_rate=2e-4, rates=(("discriminator.", 1e-3),), turns=True, steps=3_000)
+        self.settings = TrainSettings(batch_size=64, learning_rate=2e-4, rates=(("discriminator.", 1e-3),), turns=True, steps=3_000, cooldown=1 / 3)
 
     def heads_turn(self, step: int) -> bool:
         return "adversarial" in self.module.parts and step % (TURNS + 1) < TURNS

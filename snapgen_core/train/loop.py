@@ -124,7 +124,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     with _stop_signals() as stopped, bar:
         while step < total and not stop:
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+                group["lr"] = group["rate"] * settings.share_of_rate(step, total)
             batch = stage.batch(step, rank, world)
             with accelerator.autocast():
                 loss, figures = module(**{key: value.to(accelerator.device) for key, value in batch.items()})

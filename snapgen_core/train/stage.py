@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class TrainSettings:
     """What the loop needs to know. Betas, weight decay and the average's decay follow Supplement G. Ours are the learning
     rate, set per stage (the paper's 5e-5 belongs to a total batch of 1024 and a long run), and, for higher rates than the
-    paper's, a warm-up and clipped gradients."""
+    paper's, a warm-up, clipped gradients, and, where batches are small beside a loss's noise, a cool-down."""
 
     batch_size: int  # over all processes
     learning_rate: float
@@ -21,9 +21,15 @@ class TrainSettings:
     ema_decay: float = 0.999
     clip_norm: float | None = 1.0  # None: gradients are left as they are
     warmup_steps: int = 100
+    cooldown: float = 0.0  # share of a run's steps, its last ones, in which the rates fall to zero in a straight line
     steps: int = 10_000  # the whole stage, where no budget is given
     turns: bool = False  # players take turns: in any step some parameters have no gradient
     rates: tuple[tuple[str, float], ...] = ()  # learning rates of their own: (how the parameters' names begin, rate)
+
+    def share_of_rate(self, step: int, total: int) -> float:
+        """What part of the learning rate step number `step` of `total` has. A run of so many minutes knows no total, and does
+        not cool down."""
+        return min(1.0, (step + 1) / max(1, self.warmup_steps), (total - step) / max(1.0, self.cooldown * total))
 
 
 class Stage(Protocol):
