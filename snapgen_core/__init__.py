@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 _ROOMS = {"SnapGenPipeline": "pipeline", "SnapGenUNet": "unet", "TinyDecoder": "decoder"}
 
 
-def load(scale: str = "tiny", stage: str = "base", folder=None, decoder: str = "full"):
+def load(scale: str = "tiny", stage: str = "distilled", folder=None, decoder: str = "full"):
     """The `SnapGenPipeline` with shipped weights; see `snapgen_core.pipeline.load`."""
     from .pipeline import load as load_pipeline  # here, so that `import snapgen_core` stays light
 

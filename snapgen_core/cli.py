@@ -69,14 +69,14 @@ def _add(commands, name: str, summary: str, examples: str) -> argparse.ArgumentP
     return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser, others: tuple[str, ...] = ()) -> None:
-    parser.add_argument("--stage", choices=PICTURE_STAGES + others, default="base", help="which model draws (default: base)")
+def _add_sampling(parser: argparse.ArgumentParser, stage: str, others: tuple[str, ...] = ()) -> None:
+    parser.add_argument("--stage", choices=PICTURE_STAGES + others, help=f"which model draws (default: what --checkpoint's name says, or {stage})")
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER",
                         help="a student in place of the shipped one, such as RUN_DIR/weights/base of a training")
     parser.add_argument("--decoder", choices=PICTURE_DECODERS, default="full", help="what turns its latents into pictures: the autoencoder's own decoder or the tiny one (default: full)")
-    parser.add_argument("--steps", type=_steps, default=28, metavar="N", help="sampling steps, 1 to 1000 (default: 28)")
-    parser.add_argument("--guidance", type=_number(float, 0, 30), default=4.0, metavar="G",
-                        help="how strongly the prompt pulls, 0 to 30; 1 is no guidance (default: 4)")
+    parser.add_argument("--steps", type=_steps, metavar="N", help="sampling steps, 1 to 1000 (default: 4 for stage distilled, 28 for others)")
+    parser.add_argument("--guidance", type=_number(float, 0, 30), metavar="G",
+                        help="how strongly the prompt pulls, 0 to 30; 1 is no guidance (default: 1 for stage distilled, 4 for others)")
 
 
 def _add_run(commands) -> None:
@@ -132,7 +132,7 @@ def _add_generate(commands) -> None:
                           help="where to put it; replaces what is there (default: snapgen.png)")
     generate.add_argument("--num", type=_number(int, 1, 64), default=1, metavar="K",
                           help="draw K pictures, 1 to 64, with seeds S, S+1, ..., as FILE-1.png, FILE-2.png, ...")
-    _add_sampling(generate)
+    _add_sampling(generate, "distilled")
 
 
 def _add_evaluate(commands) -> None:
@@ -145,7 +145,7 @@ def _add_evaluate(commands) -> None:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file, and which pictures were right")
     evaluate.add_argument("--bits", type=_number(float, 4, 16), metavar="B", help="score the student with its weights in so many bits on average, 4 to 8, as on a phone; 16 rounds them")
     evaluate.add_argument("--variety", action="store_true", help="also measure how varied the pictures of a prompt are, and how far they are from true scenes")
-    _add_sampling(evaluate, others=("teacher", "turbo"))
+    _add_sampling(evaluate, "base", others=("teacher", "turbo"))
 
 
 def _add_prepare(commands) -> None:
@@ -160,7 +160,7 @@ def _add_export(commands) -> None:
     export = _add(commands, "export", "write a model as Core ML packages, for a phone",
                   "  snapgen export --verify\n"
                   "  snapgen export --stage kd --bits 4.3 --target iOS17 --out phone")
-    export.add_argument("--stage", choices=PICTURE_STAGES, default="base", help="which model (default: base)")
+    export.add_argument("--stage", choices=PICTURE_STAGES, help="which model (default: what --checkpoint's name says, or distilled)")
     export.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a student in place of the shipped one, such as RUN_DIR/weights/base of a training")
     export.add_argument("--out", type=Path, metavar="DIR", help="the bundle's folder; replaces a bundle that is there (default: exports/coreml/SCALE-STAGE)")
     export.add_argument("--target", choices=("iOS17", "iOS18"), default="iOS18", help="oldest system that is to run it (default: iOS18)")

@@ -17,7 +17,7 @@ from .errors import UserError
 from .latents import decode, load_autoencoder, load_decoder
 from .memory import keep_freed_memory
 from .paths import checkpoint_dir
-from .scales import PICTURE_DECODERS, PICTURE_STAGES, get_scale
+from .scales import PICTURE_DECODERS, PICTURE_STAGES, SAMPLING, get_scale
 from .text import ENCODERS, TextEncoders, load_text_encoders
 from .unet import SnapGenUNet
 from .weights import load_model
@@ -34,12 +34,13 @@ class SnapGenPipeline(DiffusionPipeline):
     """Text encoders, student UNet and decoder (Sec. 4, "Model Details").
 
     Pictures are decoded by `decoder`, or where there is none by the autoencoder's own. The text encoders have SD3's component names; `clip_tokens` and `lm_tokens` are the lengths at which prompts are cut;
-    `image_size` are the pixels that the student was trained for (SD3's autoencoder names its own).
+    `image_size` are the pixels that the student was trained for (SD3's autoencoder names its own); `steps` and `guidance` are
+    what it draws with, unless told otherwise.
     """
 
     _optional_components = ["decoder"]
 
-    def __init__(self, unet: SnapGenUNet, vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens: int = 77, lm_tokens: int = 77, image_size: int = 1024, decoder: TinyDecoder | None = None):
+    def __init__(self, unet: SnapGenUNet, vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens: int = 77, lm_tokens: int = 77, image_size: int = 1024, decoder: TinyDecoder | None = None, steps: int = 28, guidance: float = 4.0):
         super().__init__()
         self.register_modules(
             unet=unet, vae=vae, decoder=decoder, scheduler=scheduler,
@@ -47,7 +48,7 @@ class SnapGenPipeline(DiffusionPipeline):
             text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
             text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
         )
-        self.register_to_config(clip_tokens=clip_tokens, lm_tokens=lm_tokens, image_size=image_size)
+        self.register_to_config(clip_tokens=clip_tokens, lm_tokens=lm_tokens, image_size=image_size, steps=steps, guidance=guidance)
         self.text = TextEncoders(text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, clip_tokens, lm_tokens)
 
     @classmethod
@@ -90,8 +91,8 @@ class SnapGenPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | list[str],
-        num_inference_steps: int = 28,
-        guidance_scale: float = 4.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         encoders: Iterable[str] = ENCODERS,
         size: int | None = None,
@@ -102,8 +103,8 @@ class SnapGenPipeline(DiffusionPipeline):
         """Draw `prompt` (one, or a list of them: one picture each).
 
         Args:
-            num_inference_steps: Euler steps (Eq. 3), at least 1.
-            guidance_scale: how strongly the prompt pulls; 1 is no guidance and half the work.
+            num_inference_steps: Euler steps (Eq. 3), at least 1 (default: the student's own, `config.steps`).
+            guidance_scale: how strongly the prompt pulls; 1 is no guidance and half the work (default: `config.guidance`).
             generator: of the starting noise; a list has one for each prompt.
             encoders: the text encoders to use, any subset of "clip_l", "clip_g", "lm" (Sec. 4).
             size: pixels, a multiple of 8 (default: what the model was trained for).
@@ -118,6 +119,8 @@ class SnapGenPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
             raise UserError("the prompt is empty: say what to draw")
+        num_inference_steps = self.config.steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = self.config.guidance if guidance_scale is None else guidance_scale
         if num_inference_steps < 1:
             raise UserError(f"steps must be at least 1, not {num_inference_steps}")
         if output_type not in ("pil", "pt", "latent"):
@@ -145,8 +148,9 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).numpy()]
 
 
-def build(scale: str, unet: SnapGenUNet, decoder: TinyDecoder | None = None) -> SnapGenPipeline:
-    """A pipeline of the scale's autoencoder and text encoders around `unet`, and around a tiny `decoder` if there is one.
+def build(scale: str, unet: SnapGenUNet, decoder: TinyDecoder | None = None, stage: str = "base") -> SnapGenPipeline:
+    """A pipeline of the scale's autoencoder and text encoders around `unet`, and around a tiny `decoder` if there is one. It
+    draws with as many steps as students of `stage` need, and guidance if they do.
 
     Raises:
         UserError: the student reads other text or latent channels than these give.
@@ -161,13 +165,13 @@ def build(scale: str, unet: SnapGenUNet, decoder: TinyDecoder | None = None) -> 
     pipe = SnapGenPipeline(
         unet.eval(), load_autoencoder(scale), FlowMatchEulerDiscreteScheduler(shift=config.shift),
         text.clip_l, text.tokenizers["clip_l"], text.clip_g, text.tokenizers["clip_g"], text.lm, text.tokenizers["lm"],
-        config.clip_tokens, config.lm_tokens, config.image_size, decoder,
+        config.clip_tokens, config.lm_tokens, config.image_size, decoder, *SAMPLING[stage],
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None, decoder: str = "full") -> SnapGenPipeline:
+def load(scale: str = "tiny", stage: str = "distilled", folder: Path | None = None, decoder: str = "full") -> SnapGenPipeline:
     """The pipeline with the weights that ship (`data/checkpoints/<scale>/<stage>`), or with the UNet in `folder`, and with
     the autoencoder's own decoder ("full") or the one that `snapgen train decoder --ship` made ("tiny").
 
@@ -181,7 +185,7 @@ def load(scale: str = "tiny", stage: str = "base", folder: Path | None = None, d
     if decoder not in PICTURE_DECODERS:
         raise UserError(f"unknown decoder {decoder!r}: choose {' or '.join(PICTURE_DECODERS)}")
     tiny = load_decoder(checkpoint_dir(scale) / "decoder") if decoder == "tiny" else None
-    return build(scale, load_unet(folder or checkpoint_dir(scale) / stage), tiny)
+    return build(scale, load_unet(folder or checkpoint_dir(scale) / stage), tiny, stage)
 
 
 def load_unet(folder: Path) -> SnapGenUNet:

@@ -75,6 +75,13 @@ SCALES = {
 }
 SCALE_NAMES = tuple(SCALES)
 PICTURE_STAGES = ("base", "kd", "distilled")  # students that draw
+SAMPLING = {  # steps and guidance that a model draws with, unless told otherwise; 1 is no guidance
+    "base": (28, 4.0),
+    "kd": (28, 4.0),
+    "distilled": (4, 1.0),
+    "teacher": (28, 4.0),
+    "turbo": (4, 1.0),
+}
 PICTURE_DECODERS = ("full", "tiny")  # the autoencoder's own, or that of Sec. 3.2
 ENCODERS = ("clip_l", "clip_g", "lm")  # text encoders (Sec. 4), in the order of their parts of the context
 

@@ -4,6 +4,7 @@ A teacher shares the student's latents and its flow: it answers the same x_t at 
 text encoders of its own, and a prompt "" is its unconditional one.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,15 +14,17 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from . import flow
 from .errors import UserError, reason
+from .files import atomic_write
 from .latents import encode, load_autoencoder
 from .paths import checkpoint_dir
 from .scales import get_scale
 from .text import EmbeddingStore, TextEncoders, fuse, load_encoder, load_text_encoders
-from .weights import load_model
+from .weights import load_model, weights_digest
 
 
 class TeacherText(Protocol):
@@ -271,3 +274,29 @@ def guided_velocity(teacher: Teacher, context: Tensor, pooled: Tensor, guidance:
 def sample(teacher: Teacher, text: TeacherText, prompts: Sequence[str], noise: Tensor, sigmas: Tensor, guidance: float) -> Tensor:
     """Latents of `prompts` drawn by the teacher itself, by Eq. 3 from `noise` [B,C,h,w], guided by the unconditional prompt."""
     return flow.sample(guided_velocity(teacher, *text([*[""] * len(prompts), *prompts]), guidance), noise, sigmas)
+
+
+def drawn_latents(teacher: Teacher, text: TeacherText, prompts: Sequence[str], scale: str, steps: int, folder: Path, batch: int = 64) -> Tensor:
+    """A latent of each prompt, drawn by a few-step teacher in `steps` without guidance: fp16 [len(prompts), C, h, w].
+
+    Drawn once and kept in `folder`, under a name made of all that decides on them.
+    """
+    config, device = get_scale(scale), teacher.transformer.device
+    digest = hashlib.sha256(f"{weights_digest(teacher)} {prompts} {steps}".encode())
+    for tensor in text(prompts[:8]):
+        digest.update(tensor.float().cpu().contiguous().numpy().data)
+    path = folder / f"drawn-{digest.hexdigest()[:16]}.safetensors"
+    try:
+        return load_file(path)["latents"]
+    except (OSError, SafetensorError, KeyError):
+        pass
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for start in tqdm(range(0, len(prompts), batch), desc="the few-step teacher draws", unit="batch"):
+        few = prompts[start : start + batch]
+        noise = torch.randn(len(few), config.latent_channels, config.latent_size, config.latent_size, generator=generator)
+        drawn.append(sample(teacher, text, few, noise.to(device), flow.inference_sigmas(steps, config.shift), 1.0).half().cpu())
+    latents = torch.cat(drawn)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part:
+        save_file({"latents": latents}, part)
+    return latents

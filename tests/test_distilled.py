@@ -16,11 +16,11 @@ from snapgen_core.pipeline import load_unet
 from snapgen_core.scales import SCALES
 from snapgen_core.stages import distilled
 from snapgen_core.stages.distilled import STEPS, DistilledStage
-from snapgen_core.teachers import save_reference
+from snapgen_core.teachers import StoredText, drawn_latents, load_teacher, sample, save_reference
 from snapgen_core.text import load_text_encoders
 from snapgen_core.train import train
 from snapgen_core.weights import save_half
-from few_scenes import FewScenes
+from few_scenes import CAPTIONS, FewScenes
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ def stage(few, turbo_folder, monkeypatch):
     def build(seed=0, **options):
         made = DistilledStage("tiny", seed, teacher=turbo_folder, **options)
         made.data, made.prepare = few, lambda: None
+        made.latents, made.captions = torch.randn(5, 16, 8, 8, generator=torch.Generator().manual_seed(1)).half(), CAPTIONS
         object.__setattr__(made.settings, "batch_size", 8)
         return made
 
@@ -113,16 +114,33 @@ def test_levels_are_those_of_the_sampler(stage):
     assert torch.equal(batch["sigma"][:-1], flow.inference_sigmas(STEPS)[:-1].repeat(2)[:-1])
 
 
-def test_the_teacher_is_asked_with_the_whole_prompt_or_none(stage, few):
+def test_student_and_teacher_read_the_prompt_of_what_the_teacher_has_drawn(stage, few):
     made = stage()
     batch = made.batch(1)
     again = made.batch(1)
     assert all(torch.equal(value, again[name]) for name, value in batch.items())
-    reads = batch["context"].flatten(1).any(dim=1)
-    assert torch.equal(batch["teachers_context"].flatten(1).any(dim=1), reads) and torch.equal(batch["pooled"].any(dim=1), reads)
+    for x0, context, pooled in zip(batch["x0"], batch["context"], batch["pooled"]):
+        (row,) = [i for i, latent in enumerate(made.latents) if torch.equal(latent.float(), x0)]
+        assert torch.allclose(pooled, few.pooled([CAPTIONS[row]])[0], atol=1e-3) and torch.allclose(context, StoredText(few)([CAPTIONS[row]])[0][0], atol=1e-3)
     with torch.no_grad():
         expected = made.teacher.transformer(flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]), batch["teachers_context"], batch["pooled"], 1000 * batch["sigma"]).sample
     assert torch.allclose(batch["velocity"], expected, atol=1e-5)
+
+
+def test_the_few_step_teacher_draws_once(turbo_folder, tmp_path, monkeypatch):
+    teacher, text = load_teacher("tiny", turbo_folder, few_steps=True)
+    found = drawn_latents(teacher, text, CAPTIONS, "tiny", STEPS, tmp_path / "cache", batch=3)
+    noise = torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = sample(teacher, text, CAPTIONS[:3], noise, flow.inference_sigmas(STEPS), 1.0)
+    assert found.shape == (5, 16, 8, 8) and torch.equal(found[:3], expected.half())
+    monkeypatch.setattr("snapgen_core.teachers.sample", None)  # from here on nothing is drawn
+    assert torch.equal(drawn_latents(teacher, text, CAPTIONS, "tiny", STEPS, tmp_path / "cache"), found)
+    with pytest.raises(TypeError):
+        drawn_latents(teacher, text, CAPTIONS[1:], "tiny", STEPS, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(b"damaged")
+    with pytest.raises(TypeError):
+        drawn_latents(teacher, text, CAPTIONS, "tiny", STEPS, tmp_path / "cache")
 
 
 def test_without_an_adversary_nobody_waits_for_the_heads(stage):

@@ -1,11 +1,13 @@
 """What several commands share."""
 
+import argparse
 import os
 import secrets
 import sys
 from pathlib import Path
 
 from ..errors import UserError, reason
+from ..scales import SAMPLING
 
 
 def note(message: str) -> None:
@@ -48,3 +50,9 @@ def quiet_libraries(scale: str) -> None:
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def stage_of(args: argparse.Namespace, default: str) -> str:
+    """The stage that is asked for; or what the name of `--checkpoint` says, as in RUN_DIR/weights/base; or `default`."""
+    named = args.checkpoint.name if args.checkpoint else None
+    return args.stage or (named if named in SAMPLING else default)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import git_commit, now, write_json
-from .common import check_output, quiet_libraries
+from .common import check_output, quiet_libraries, stage_of
 
 
 def rows(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -28,13 +28,14 @@ def evaluate(args: argparse.Namespace) -> int:
     """Draw, judge, print the table and write it if asked."""
     if args.json:
         check_output(args.json, ".json")
-    if args.bits and args.stage in ("teacher", "turbo"):
-        raise UserError(f"--bits squeezes a student for a phone, not the {args.stage}")
+    stage = stage_of(args, "base")
+    if args.bits and stage in ("teacher", "turbo"):
+        raise UserError(f"--bits squeezes a student for a phone, not the {stage}")
     quiet_libraries(args.scale)
 
     from .. import evaluate as scoring
 
-    figures = scoring.evaluate_stage(args.scale, args.stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint, args.decoder, args.variety, args.bits)
+    figures = scoring.evaluate_stage(args.scale, stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint, args.decoder, args.variety, args.bits)
     table = list(rows(figures))
     width = max(len(name) for name, _ in table)
     for name, value in table:

@@ -7,7 +7,8 @@ from pathlib import Path
 from ..errors import UserError, reason
 from ..files import git_commit, now, write_json
 from ..paths import home
-from .common import check_output, quiet_libraries
+from ..scales import SAMPLING
+from .common import check_output, quiet_libraries, stage_of
 
 
 def check_folder(out: Path) -> Path:
@@ -30,15 +31,16 @@ def export(args: argparse.Namespace) -> int:
     """Write the bundle, verify it if asked, and say where it lies."""
     if args.json:
         check_output(args.json, ".json")
-    out = check_folder(args.out or home() / "exports" / "coreml" / f"{args.scale}-{args.stage}")
+    stage = stage_of(args, "distilled")
+    out = check_folder(args.out or home() / "exports" / "coreml" / f"{args.scale}-{stage}")
     quiet_libraries(args.scale)
 
     from .. import load
     from ..export import coreml, macos, verify
 
-    pipe = load(args.scale, args.stage, args.checkpoint, decoder="tiny")
-    guided = args.stage != "distilled"
-    made = coreml.export(pipe, out, {"scale": args.scale, "stage": args.stage}, args.target, guided, args.bits, args.core_ai)
+    pipe = load(args.scale, stage, args.checkpoint, decoder="tiny")
+    guided = SAMPLING[stage][1] != 1
+    made = coreml.export(pipe, out, {"scale": args.scale, "stage": stage}, args.target, guided, args.bits, args.core_ai)
     print("what the Neural Engine has no part for" + "".join(f"\n  {name}: {len(found['leaves'])} kinds of operations" for name, found in coreml.read_manifest(out).get("lint", {}).items()) + "\n  which and why: manifest.json, lint")
     if args.verify:
         figures = verify.verify(out, pipe, made)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UserError, reason
 from ..files import atomic_write
-from .common import check_output, note, quiet_libraries
+from .common import check_output, note, quiet_libraries, stage_of
 
 SHOWN_OF_A_PROMPT = 60
 
@@ -51,7 +51,10 @@ def generate(args: argparse.Namespace) -> int:
 
     from .. import load
 
-    pipe = load(args.scale, args.stage, args.checkpoint, args.decoder)
+    stage = stage_of(args, "distilled")
+    pipe = load(args.scale, stage, args.checkpoint, args.decoder)
+    steps = pipe.config.steps if args.steps is None else args.steps
+    guidance = pipe.config.guidance if args.guidance is None else args.guidance
     if torch.cuda.is_available():
         pipe.to("cuda")
     unread = pipe.text.truncated(prompt)
@@ -64,13 +67,13 @@ def generate(args: argparse.Namespace) -> int:
         seed = args.seed + i
         image = pipe(
             prompt,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
-        facts = {"prompt": prompt, "seed": seed, "steps": args.steps, "guidance": args.guidance}
-        save_png(image, name, {**facts, "stage": args.stage, "decoder": args.decoder, "scale": args.scale, "software": "snapgen"})
+        facts = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance}
+        save_png(image, name, {**facts, "stage": stage, "decoder": args.decoder, "scale": args.scale, "software": "snapgen"})
     seeds = f"seed {args.seed}" if args.num == 1 else f"seeds {args.seed} to {args.seed + args.num - 1}"
     written = str(names[0]) if args.num == 1 else f"{args.num} pictures, {names[0]} to {names[-1].name}"
-    print(f"{written}: {image.width} px, {args.steps} steps, guidance {args.guidance:g}, {seeds}")
+    print(f"{written}: {image.width} px, {steps} steps, guidance {guidance:g}, {seeds}")
     return 0

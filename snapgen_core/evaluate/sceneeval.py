@@ -15,7 +15,7 @@ from ..devices import best_device
 from ..errors import UserError
 from ..latents import decode, load_autoencoder, load_decoder
 from ..paths import checkpoint_dir
-from ..scales import get_scale
+from ..scales import SAMPLING, get_scale
 from ..scenes import CLASSES, COLOURS, HELD_OUT_TASKS, TASKS, Prompt, draw_prompt
 from ..teachers import Teacher, TeacherText, load_teacher, sample
 from ..weights import load_model
@@ -173,15 +173,18 @@ def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder:
 
 
 def evaluate_stage(
-    scale: str, stage: str, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0, folder: Path | None = None, decoder: str = "full", variety: bool = False, bits: float | None = None
+    scale: str, stage: str, images: int, seed: int = 0, steps: int | None = None, guidance: float | None = None, folder: Path | None = None, decoder: str = "full", variety: bool = False, bits: float | None = None
 ) -> dict:
     """SceneEval of a shipped model (or of the one in `folder`) as a JSON-able dict: `Report.to_dict()` and the settings.
 
+    `steps` and `guidance` are the stage's own by default (`scales.SAMPLING`).
     `images` counts the pictures of each of the six tasks; each of the four held-out tasks adds half as many. With `variety`
     there are also the figures of `variety.measure`; `bits` as for `stage_generator`.
     """
     from .variety import measure
 
+    steps = SAMPLING[stage][0] if steps is None else steps
+    guidance = SAMPLING[stage][1] if guidance is None else guidance
     generate, squeezed = stage_generator(scale, stage, steps, guidance, folder, decoder, bits)
     figures = scene_eval(generate, images, seed=seed).to_dict() | ({"palettes": squeezed} if squeezed else {})
     if variety:

@@ -2,6 +2,10 @@
 
 Two players take turns. The discriminator's heads learn to tell noisy latents made from data from those made from the
 student's guesses; the student learns to be taken for data, and beside that Eq. 7 with the few-step teacher.
+
+The data are latents that the few-step teacher has drawn itself, as in LADD, which the paper follows [Sauer et al. 2024]. Scenes
+would have the task loss pull the middle steps, where lambda(t) leaves them to it, towards what captions mean without guidance;
+and guidance is what the student has to do without from here on.
 """
 
 import copy
@@ -21,16 +25,17 @@ from ..evaluate import evaluate_unet
 from ..evaluate.variety import diversity
 from ..figures import image_grid
 from ..files import append_jsonl, atomic_write, read_jsonl
-from ..paths import checkpoint_dir
+from ..paths import cache_dir, checkpoint_dir
 from ..pipeline import build, load_unet
 from ..scales import get_scale
-from ..teachers import load_teacher
+from ..teachers import StoredText, drawn_latents, load_teacher
 from ..train import TrainSettings, step_generator, trim_log
 from ..unet import SnapGenUNet
 from ..weights import save_half
 from .kd import TaughtStage
 
 STEPS = 4  # of the student, and of its teacher
+DRAWN = 8192  # latents to learn from
 TURNS = 1  # steps of the heads for each of the student's
 BLOCKS = (1, 3, 5)  # of the few-step teacher's twin; at other scales as many at the same depths
 PENALTY = 0.0  # weight of R1
@@ -119,7 +124,18 @@ class DistilledStage(TaughtStage):
         unet = load_unet(checkpoint_dir(scale) / "kd")
         discriminator = LatentDiscriminator(self.teacher.block_features, self.teacher.transformer.inner_dim, held.pooled_projection_dim, blocks)
         self.module = DistilledTraining(unet, discriminator, get_scale(scale).shift, PARTS if only is None else (only,)).to(memory_format=torch.channels_last)
-        self.settings = TrainSettings(batch_size=64, learning_rate=2e-4, rates=(("discriminator.", 1e-3),), turns=True, steps=3_000, cooldown=1 / 3)
+        self.settings = TrainSettings(batch_size=64, learning_rate=2e-4, rates=(("discriminator.", 3e-3),), turns=True, steps=3_000, cooldown=1 / 3)
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.captions = self.data.scenes.captions[:DRAWN]
+        self.latents = drawn_latents(self.teacher, self.text, self.captions, self.scale, STEPS, cache_dir(self.scale))
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """Latents that the few-step teacher has drawn [B,16,h,w], the student's context [B,L,D], and their prompts."""
+        rows = torch.randint(len(self.latents), (count,), generator=generator, device=generator.device).tolist()
+        prompts = [self.captions[row] for row in rows]
+        return self.latents[rows].to(generator.device).float(), StoredText(self.data.embeddings)(prompts)[0], prompts
 
     def heads_turn(self, step: int) -> bool:
         return "adversarial" in self.module.parts and step % (TURNS + 1) < TURNS

@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from ..errors import UserError
-from ..scales import ENCODERS, PICTURE_DECODERS, PICTURE_STAGES
+from ..scales import ENCODERS, PICTURE_DECODERS, PICTURE_STAGES, SAMPLING
 
 LONGEST_PROMPT = 200  # characters; the text encoders of `tiny` read some 24 tokens
 MOST_STEPS, MOST_PICTURES, MOST_FRAMES = 28, 4, 24
 LARGEST_SEED = 2**31 - 1
 COMPARED_STEPS = (1, 2, 4, 8, 28)
 FRAMES = 12  # of a walk
-UNGUIDED = ("distilled",)  # stages that were distilled to draw without guidance
+UNGUIDED = tuple(stage for stage in PICTURE_STAGES if SAMPLING[stage][1] == 1)  # distilled to draw without guidance
 WHY_UNGUIDED = "Guidance is part of what this stage has learned; it needs one network call a step, not two."
 
 
