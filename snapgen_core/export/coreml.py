@@ -54,18 +54,28 @@ def convert(part: Part, target: str = "iOS18"):
                 inputs=[ct.TensorType(name=name, shape=tuple(example.shape), dtype=np.float32) for name, example in part.inputs.items()],
                 outputs=[ct.TensorType(name=name, dtype=np.float32) for name in part.outputs],
                 minimum_deployment_target=getattr(ct.target, target),
-                compute_precision=ct.transform.FP16ComputePrecision(op_selector=_in_16_bits),
+                compute_precision=ct.transform.FP16ComputePrecision(op_selector=_In16Bits()),
                 skip_model_load=True,  # only Apple's systems can load it
             )
         except (NotImplementedError, ValueError, RuntimeError) as error:
             raise UserError(f"{target} cannot hold {part.name}: {reason(error)}") from error
 
 
-def _in_16_bits(operation) -> bool:
-    """False for sines and cosines, and for what makes their angles."""
-    angles = ("sin", "cos")
-    made_for = [child.op_type for output in operation.outputs for child in output.child_ops]
-    return operation.op_type not in angles and not any(kind in angles for kind in made_for)
+class _In16Bits:
+    """Called with an operation: False for sines and cosines, and for all that their angles are made of, back to the input."""
+
+    def __init__(self):
+        self._angles: set[str] | None = None  # names of those operations
+
+    def __call__(self, operation) -> bool:
+        if self._angles is None:
+            self._angles, ahead = set(), [other for other in operation.enclosing_block.operations if other.op_type in ("sin", "cos")]
+            while ahead:
+                found = ahead.pop()
+                if found is not None and found.name not in self._angles:
+                    self._angles.add(found.name)
+                    ahead += [value.op for value in found.get_flattened_inputs()]
+        return operation.name not in self._angles
 
 
 def _register_operations() -> None:
