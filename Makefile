@@ -15,7 +15,7 @@ TORCH ?= $(or $(shell cat $(VENV)/torch.txt 2>/dev/null),torch==2.13.0)
 MINUTES ?= 30
 KD_STEPS ?= 300
 KD_RATE ?= 1e-3
-STAGES := autoencoder decoder decoder_norms photo_autoencoder photo_decoder text detector base teacher kd turbo
+STAGES := autoencoder decoder decoder_norms photo_autoencoder photo_decoder text detector base teacher kd turbo distilled
 
 # More torch threads than cores make everything many times slower.
 ifndef OMP_NUM_THREADS

@@ -205,7 +205,7 @@ def test_cancel_and_errors(visit):
     assert "Say what to draw" in page.get_by_role("alert").inner_text()
     page.get_by_label("Prompt", exact=True).fill("x" * 300)
     page.get_by_role("button", name="Generate").click()
-    page.get_by_text("200 are the most").wait_for()
+    page.get_by_text("at most 200 are allowed").wait_for()
     page.get_by_label("Prompt", exact=True).fill("a red apple")
     page.get_by_label("Pictures", exact=True).fill("1")
     page.keyboard.press("Tab")
@@ -227,13 +227,13 @@ def test_by_keyboard_alone(visit):
     for _ in range(40):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("(e => e.tagName === 'SELECT' ? 'select' : e.innerText || e.type || e.role)(document.activeElement)"))
-    assert {"Generate", "Roll", "Compare steps", "Where is it read?", "Walk", "checkbox", "select"} <= {text.strip() for text in reached if text}
+    assert {"Generate", "Random seed", "Compare steps", "Show attention to it", "Walk", "checkbox", "select"} <= {text.strip() for text in reached if text}
 
 
 def test_looking_closer(visit):
     page = visit()
     set_steps(page, 2)
-    for button, said in (("Compare stages", "pictures of"), ("Where is it read?", "the more the student reads"), ("Walk", "An animation")):
+    for button, said in (("Compare stages", "pictures of"), ("Show attention to it", "the more the student reads"), ("Walk", "An animation")):
         page.get_by_role("button", name=button).click()
         page.locator(".snapgen .closer figcaption", has_text=said).wait_for(timeout=60_000)
     page.get_by_role("button", name="Generate").click()
@@ -243,7 +243,7 @@ def test_looking_closer(visit):
         page.get_by_role("link", name="Download").last.click()
     assert Image.open(download.value.path()).text["software"] == "snapgen"
     page.get_by_label("Prompt", exact=True).fill("a dog")
-    page.get_by_role("button", name="Again with these").first.click()
+    page.get_by_role("button", name="Draw again").first.click()
     sync_api.expect(page.get_by_label("Prompt", exact=True)).to_have_value("a red apple")
 
 

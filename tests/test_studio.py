@@ -1,6 +1,7 @@
 """The studio without a page: orders at the door, events along the way, one thing at a time, several visitors."""
 
 import io
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from snapgen_core.latents import load_decoder
 from snapgen_core.maps import word_maps
 from snapgen_core.paths import checkpoint_dir
 from snapgen_core.pipeline import to_pil
+from snapgen_core.scales import SAMPLING
 from snapgen_core.studio import engine as engines
 from snapgen_core.studio.desk import KEPT, Desk
 from snapgen_core.studio.engine import Engine, on_sphere
@@ -38,7 +40,7 @@ def engine():
     [
         ({"prompt": "  "}, "Say what to draw"),
         ({"prompt": None}, "Say what to draw"),
-        ({"prompt": "x" * (LONGEST_PROMPT + 1)}, "the most"),
+        ({"prompt": "x" * (LONGEST_PROMPT + 1)}, "at most"),
         ({"steps": 0}, "from 1 to 28, not 0"),
         ({"steps": 29}, "from 1 to 28"),
         ({"steps": 2.5}, "whole number"),
@@ -62,6 +64,11 @@ def test_wrong_orders_get_one_line(change, said):
 def test_an_order_is_tidied():
     order = Order(" a dog ", encoders=("lm", "clip_l"), stage="distilled", guidance=7.0).checked()
     assert (order.prompt, order.encoders, order.guidance) == ("a dog", ("clip_l", "lm"), 1.0)  # distilled: without guidance
+    facts = {name: str(value) for name, value in order.facts(2).items()}
+    assert Order.from_facts(facts) == replace(order, seed=2, count=1)
+    for missing in (facts | {"steps": "many"}, {}):
+        with pytest.raises(UserError, match="does not say"):
+            Order.from_facts(missing)
     assert order.facts(2)["seed"] == 2 and order.facts()["encoders"] == "clip_l, lm"
 
 
@@ -118,7 +125,7 @@ def test_previews_show_the_clean_latent_so_far(engine):
 
 def test_comparisons(engine, monkeypatch):
     monkeypatch.setattr(engines, "COMPARED_STEPS", (1, 3))
-    for kind, columns, previews in (("steps", 2, 2), ("stages", len(engine.stages), len(engine.stages))):
+    for kind, columns, previews in (("steps", 2, 2), ("stages", len(engine.stages), sum(SAMPLING[stage][0] - 1 for stage in engine.stages))):
         *before, result, done = engine.run(Task(kind, APPLE))
         assert (result.kind, done.kind, len(before)) == ("result", "done", previews)
         width, height = Image.open(io.BytesIO(result.data)).size
@@ -134,9 +141,9 @@ def test_a_words_map_is_warm_where_it_is_read(engine):
     brightest = engines.heat_image(share).convert("L").getpixel((column, row))
     assert brightest == 255 and engines.heat_image(share).convert("L").getextrema()[0] == 0
     assert right.getextrema()[1] > 200
-    with pytest.raises(UserError, match="no word of the prompt: choose one of a, red, apple"):
+    with pytest.raises(UserError, match="not in the prompt: choose one of a, red, apple"):
         list(engine.run(Task("word", APPLE, word="pear")))
-    assert not any(module._forward_hooks for module in engine.pipe.unet.modules())
+    assert not any(module._forward_hooks for module in engine.at(APPLE).unet.modules())
 
 
 def test_a_walk_goes_there_and_back(engine):
@@ -150,6 +157,29 @@ def test_a_walk_goes_there_and_back(engine):
         wanted = engines.enlarge(Image.open(io.BytesIO(end)))
         difference = [abs(a - b) for a, b in zip(animation.convert("RGB").tobytes(), wanted.tobytes())]
         assert sum(difference) / len(difference) < 8  # of 255: a GIF has 256 colours
+
+
+def test_what_is_not_read_is_said(engine):
+    long = "a dog " + "and a cat " * 15
+    note, *_ = engine.run(Task("draw", replace(APPLE, prompt=long, steps=1)))
+    assert note.kind == "note" and "Its end is cut: “" in note.facts["text"] and note.facts["text"].endswith("cat”.")
+    with pytest.raises(UserError, match="do not read as far as 'zebra'"):
+        list(engine.run(Task("word", replace(APPLE, prompt=f"{long}zebra", steps=1), word="zebra")))
+
+
+def test_stages_are_compared_each_in_its_own_way(engine, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engine, "_picture", lambda order, index, of: (seen.append((order.stage, order.steps, order.guidance)), (yield), torch.zeros(1, 3, 64, 64))[2])
+    *_, result, _ = engine.run(Task("stages", replace(APPLE, stage="kd", steps=3)))
+    assert seen == [(stage, *SAMPLING[stage]) for stage in engine.stages] and "base, 28 steps" in result.facts["alt"]
+
+
+def test_two_drawings_side_by_side_do_not_mix(engine):
+    """Two generators, a step of each in turn: as one after the other."""
+    tasks = [Task("draw", APPLE), Task("draw", replace(APPLE, stage="kd", decoder="full"))]
+    mixed = [event for pair in zip(*map(engine.run, tasks)) for event in pair if event.kind == "picture"]
+    alone = [event for task in tasks for event in engine.run(task) if event.kind == "picture"]
+    assert [event.data for event in mixed] == [event.data for event in alone]
 
 
 def test_noise_on_the_way_is_noise():
@@ -207,13 +237,13 @@ def test_one_at_a_time_and_a_queue_of_one():
     run = Slow()
     desk = Desk(run)
     assert desk.ask(draw("one"))
-    until(lambda: desk.progress)
-    assert desk.ask(draw("two")) and desk.waiting.order.prompt == "two" and run.seen == ["one"]
-    assert not desk.ask(draw("three")) and "one is waiting" in desk.error
+    until(lambda: desk.state.progress)
+    assert desk.ask(draw("two")) and desk.state.waiting.order.prompt == "two" and run.seen == ["one"]
+    assert not desk.ask(draw("three")) and "one is waiting" in desk.state.error
     run.step(6)
-    until(lambda: len(desk.pictures) == 2 and not desk.running)
-    assert [drawn.png for drawn in desk.pictures] == [b"two", b"one"] and run.seen == ["one", "two"] and desk.error == ""
-    assert not desk.ask(draw("")) and "Say what to draw" in desk.error and run.seen == ["one", "two"]
+    until(lambda: len(desk.state.pictures) == 2 and not desk.state.running)
+    assert [drawn.png for drawn in desk.state.pictures] == [b"two", b"one"] and run.seen == ["one", "two"]
+    assert not desk.ask(draw("")) and "Say what to draw" in desk.state.error and run.seen == ["one", "two"]
 
 
 def test_cancelling_stops_at_the_next_step():
@@ -221,33 +251,52 @@ def test_cancelling_stops_at_the_next_step():
     desk = Desk(run)
     desk.ask(draw("one"))
     desk.ask(draw("two"))
-    until(lambda: desk.progress)
+    until(lambda: desk.state.progress)
     desk.cancel()
-    assert desk.waiting is None
+    assert desk.state.waiting is None
     run.step(1)
-    until(lambda: not desk.running)
-    assert run.closed == 1 and run.seen == ["one"] and not desk.pictures and desk.progress is None
+    until(lambda: not desk.state.running)
+    assert run.closed == 1 and run.seen == ["one"] and not desk.state.pictures and desk.state.progress is None
     desk.ask(draw("three"))
     run.step(5)
-    until(lambda: desk.pictures)
-    assert desk.pictures[0].png == b"three"
+    until(lambda: desk.state.pictures)
+    assert desk.state.pictures[0].png == b"three"
     desk.finish(20)
     desk.cancel()  # nothing there: nothing happens
-    assert desk.running is None
+    assert desk.state.running is None
 
 
-@pytest.mark.parametrize("prompt, said", [("fail", "it does not work"), ("break", "our fault: RuntimeError, first line.")])
+@pytest.mark.parametrize("prompt, said", [("fail", "it does not work"), ("break", "on our side: RuntimeError, first line.")])
 def test_errors_are_shown_and_the_next_one_works(prompt, said):
     run, lines = Slow(), []
-    desk = Desk(run, lambda: lines.append(desk.error))
+    desk = Desk(run, lambda: lines.append(desk.state.error))
     desk.ask(draw(prompt))
     run.step()
-    until(lambda: not desk.running)
-    assert said in desk.error and desk.error == lines[-1]
+    until(lambda: not desk.state.running)
+    assert said in desk.state.error and desk.state.error == lines[-1]
     desk.ask(draw("good"))
     run.step()
-    until(lambda: desk.pictures)
-    assert desk.error == ""
+    until(lambda: desk.state.pictures)
+    assert desk.state.error == ""
+
+
+def test_a_page_that_fails_does_not_stop_the_desk():
+    run = Slow()
+    desk = Desk(run, lambda: 1 / 0)
+    desk.ask(draw("one"))
+    desk.ask(draw("two"))
+    run.step(6)
+    until(lambda: len(desk.state.pictures) == 2 and not desk.state.running)
+
+
+def test_a_refusal_stays_to_be_read():
+    run = Slow()
+    desk = Desk(run)
+    desk.ask(draw("one"))
+    desk.ask(draw(""))
+    run.step()
+    until(lambda: not desk.state.running)
+    assert "Say what to draw" in desk.state.error
 
 
 def test_the_history_ends_somewhere():
@@ -255,8 +304,8 @@ def test_the_history_ends_somewhere():
     for number in range(KEPT + 3):
         desk.ask(draw(f"number {number}"))
         assert desk.finish(20)
-        until(lambda: not desk.running)
-    assert len(desk.pictures) == KEPT and desk.pictures[0].png == f"number {KEPT + 2}".encode()
+        until(lambda: not desk.state.running)
+    assert len(desk.state.pictures) == KEPT and desk.state.pictures[0].png == f"number {KEPT + 2}".encode()
 
 
 def iter_events(task):
@@ -265,6 +314,7 @@ def iter_events(task):
 
 def test_fifty_drawings_and_twenty_cancels(engine):
     """At random moments; the last picture is right for its seed, and nothing is left behind."""
+    before = 1 + sum(thread.name == "studio" for thread in threading.enumerate())
     desk, random = Desk(engine.run), torch.Generator().manual_seed(0)
     for number in range(50):
         assert desk.ask(Task("draw", replace(APPLE, seed=number)))
@@ -272,11 +322,11 @@ def test_fifty_drawings_and_twenty_cancels(engine):
             time.sleep(torch.rand(1, generator=random).item() / 10)
             desk.cancel()
         assert desk.finish(60)
-        until(lambda: not desk.running)
-        assert desk.error == ""
+        until(lambda: not desk.state.running)
+        assert desk.state.error == ""
     wanted = next(event for event in engine.run(Task("draw", replace(APPLE, seed=49))) if event.kind == "picture")
-    assert desk.pictures[0].png == wanted.data
-    assert threading.active_count() < 10
+    assert desk.state.pictures[0].png == wanted.data
+    assert sum(thread.name == "studio" for thread in threading.enumerate()) == before
 
 
 # ------------------------------------------------------------------------------------------------- a shared engine
@@ -297,43 +347,85 @@ def test_visitors_take_turns_and_get_their_own(shared):
     desks = [Desk(SharedEngine().run) for _ in range(3)]
     for number, desk in enumerate(desks):
         desk.ask(draw(f"number {number}"))
-        until(lambda: desk.progress)
-    until(lambda: [desk.progress.kind for desk in desks] == ["preview", "waiting", "waiting"])
-    assert [desk.progress.facts["ahead"] for desk in desks[1:]] == [1, 2]
+        until(lambda: desk.state.progress)
+    until(lambda: [desk.state.progress.kind for desk in desks] == ["preview", "waiting", "waiting"])
+    assert [desk.state.progress.facts["ahead"] for desk in desks[1:]] == [1, 2]
     shared.run.step(9)
-    until(lambda: all(desk.pictures for desk in desks))
-    assert [desk.pictures[0].png for desk in desks] == [b"number 0", b"number 1", b"number 2"]
+    until(lambda: all(desk.state.pictures for desk in desks))
+    assert [desk.state.pictures[0].png for desk in desks] == [b"number 0", b"number 1", b"number 2"]
 
 
 def test_who_waits_may_leave(shared):
     first, second, third = (Desk(SharedEngine().run) for _ in range(3))
     for desk, prompt in ((first, "one"), (second, "two"), (third, "three")):
         desk.ask(draw(prompt))
-        until(lambda: desk.progress)
+        until(lambda: desk.state.progress)
     second.cancel()
-    until(lambda: not second.running)
-    until(lambda: third.progress.facts["ahead"] == 1)
+    until(lambda: not second.state.running)
+    until(lambda: third.state.progress.facts["ahead"] == 1)
     first.cancel()
     shared.run.step(2)  # the word to stop travels while a step is under way
-    until(lambda: not first.running)
+    until(lambda: not first.state.running)
     shared.run.step(3)
-    until(lambda: third.pictures)
-    assert shared.run.seen == ["one", "three"] and second.error == first.error == ""
+    until(lambda: third.state.pictures)
+    assert shared.run.seen == ["one", "three"] and second.state.error == first.state.error == ""
     second.ask(draw("four"))  # the same connection goes on
     shared.run.step(3)
-    until(lambda: second.pictures)
+    until(lambda: second.state.pictures)
 
 
 def test_errors_cross_the_border(shared):
     desk = Desk(SharedEngine().run)
     desk.ask(draw("fail"))
     shared.run.step()
-    until(lambda: not desk.running)
-    assert desk.error == "it does not work"
+    until(lambda: not desk.state.running)
+    assert desk.state.error == "it does not work"
     desk.ask(draw("break"))
     shared.run.step()
-    until(lambda: not desk.running)
-    assert desk.error == "The engine failed: RuntimeError, first line."
+    until(lambda: not desk.state.running)
+    assert desk.state.error == "The engine failed: RuntimeError, first line."
+
+
+def test_a_task_that_comes_right_after_the_last_word_is_not_lost():
+    """The server must not look for CANCEL once a task is done: what is there is the next task."""
+
+    class Wire:
+        sent, closed = [], False
+
+        def send_bytes(self, data):
+            self.sent.append(data)
+
+        def poll(self):
+            raise AssertionError("looked at what belongs to the next task")
+
+    server = Server(lambda task: iter([Event("done", {})]), ["base"])
+    server._in_turn = lambda message: (event for event in [Event("done", {})])
+    server._answer(Wire(), draw("one").to_json().encode())
+    assert len(Wire.sent) == 2
+    server.close()
+
+
+def test_nonsense_at_the_door_keeps_nobody_out(shared):
+    port = int(shared.server.environment["SNAPGEN_STUDIO_ADDRESS"])
+    for words in (b"GET / HTTP/1.1\r\n\r\n", b"", b"\xff" * 64):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(words)
+    silent = socket.create_connection(("127.0.0.1", port))  # says nothing, and is not waited for
+    assert SharedEngine().stages == ["base"]
+    silent.close()
+    shared.server.close()
+    until(lambda: not any(thread.name == "studio-server" for thread in threading.enumerate()))
+
+
+def test_ten_at_once_are_told_to_wait(shared):
+    desks = [Desk(SharedEngine().run) for _ in range(10)]
+    for number, desk in enumerate(desks):
+        desk.ask(draw(f"number {number}"))
+        until(lambda: desk.state.progress)
+    assert [desk.state.progress.facts["ahead"] for desk in desks[1:]] == list(range(1, 10))
+    shared.run.step(30)
+    until(lambda: all(desk.state.pictures for desk in desks))
+    assert [desk.state.pictures[0].png.decode() for desk in desks] == [f"number {number}" for number in range(10)]
 
 
 def test_strangers_stay_outside(shared, monkeypatch):
@@ -350,5 +442,5 @@ def test_an_engine_that_has_gone(shared):
     desk = Desk(visitor.run)
     visitor._connection.close()
     desk.ask(draw("one"))
-    until(lambda: not desk.running)
-    assert "reload the page" in desk.error
+    until(lambda: not desk.state.running)
+    assert "reload the page" in desk.state.error

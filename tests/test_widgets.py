@@ -14,6 +14,7 @@ from PIL import Image
 from snapgen_core import widgets
 from snapgen_core.errors import UserError
 from snapgen_core.studio.engine import Engine
+from snapgen_core.studio.desk import KEPT
 from snapgen_core.studio.order import Event, Order, Task
 from snapgen_core.studio.shared import Server
 
@@ -46,7 +47,7 @@ def page():
 
 def settled(page, seconds=30):
     end = time.monotonic() + seconds
-    while page.desk.running:
+    while page.desk.state.running:
         assert time.monotonic() < end
         page.desk.finish(0.1)
 
@@ -64,10 +65,10 @@ def walk(widget):
 
 
 def test_a_click_draws_what_the_page_says(page):
-    page.prompt.value, page.seed.value, page.steps.value, page.count.value, page.stage.value = "a <dog>", 7, 9, 2, "kd"
+    page.stage.value, page.prompt.value, page.seed.value, page.steps.value, page.count.value = "kd", "a <dog>", 7, 9, 2
     page.encoders["lm"].value = False
     press(page, "Generate")
-    task = page.desk.pictures[0].task
+    task = page.desk.state.pictures[0].task
     assert task.order == Order("a <dog>", 7, 9, 4.0, "kd", "tiny", ("clip_l", "clip_g"), 2)
     assert page.pictures.value.count("<img") == 2 and "seed 8" in page.pictures.value
     assert "<dog>" not in page.pictures.value + page.slots[0].picture.value  # escaped: a prompt is no HTML
@@ -79,18 +80,18 @@ def test_enter_draws(page):
     page.prompt._handle_custom_msg({"event": "submit"}, [])
     page.prompt.value = "what was typed last"  # comes after the key
     end = time.monotonic() + 20
-    while not page.desk.pictures:
+    while not page.desk.state.pictures:
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert page.desk.pictures[0].facts["prompt"] == "what was typed last"
+    assert page.desk.state.pictures[0].facts["prompt"] == "what was typed last"
 
 
 def test_examples_and_the_dice(page):
     press(page, "a purple elephant")
-    assert page.prompt.value == "a purple elephant" and page.desk.pictures[0].facts["prompt"] == "a purple elephant"
+    assert page.prompt.value == "a purple elephant" and page.desk.state.pictures[0].facts["prompt"] == "a purple elephant"
     seeds = set()
     for _ in range(5):
-        press(page, "Roll")
+        press(page, "Random seed")
         seeds.add(page.seed.value)
     assert len(seeds) > 1
 
@@ -98,27 +99,27 @@ def test_examples_and_the_dice(page):
 def test_guidance_is_off_where_it_is_learned(page):
     assert page.stage.value == "distilled" and page.guidance.disabled and "one network call" in page.why.value and page.steps.value == 4
     page.stage.value = "base"
-    assert not page.guidance.disabled and page.why.value == ""
+    assert not page.guidance.disabled and page.why.value == "" and page.steps.value == 28
 
 
 def test_again_with_these(page):
-    page.prompt.value, page.seed.value, page.steps.value, page.stage.value, page.count.value = "a dog", 5, 11, "base", 2
+    page.stage.value, page.prompt.value, page.seed.value, page.steps.value, page.count.value = "base", "a dog", 5, 11, 2
     page.guidance.value = 2.5
     page.encoders["clip_g"].value = False
     press(page, "Generate")
-    page.prompt.value, page.seed.value, page.steps.value, page.stage.value, page.guidance.value = "a cat", 1, 4, "kd", 7
+    page.stage.value, page.prompt.value, page.seed.value, page.steps.value, page.guidance.value = "kd", "a cat", 1, 4, 7
     page.encoders["clip_g"].value = True
     page.slots[0].button.click()
     settled(page)
-    assert page.order == Order("a dog", 6, 11, 2.5, "base", "tiny", ("clip_l", "lm"), 1) == page.desk.pictures[0].task.order
+    assert page.order == Order("a dog", 6, 11, 2.5, "base", "tiny", ("clip_l", "lm"), 1) == page.desk.state.pictures[0].task.order
 
 
 def test_the_history_keeps_its_order(page):
-    for seed in range(widgets.SLOTS + 2):
+    for seed in range(KEPT + 2):
         page.seed.value = seed
         press(page, "Generate")
-    shown = sorted(page.slots, key=lambda slot: int(slot.root.layout.order))
-    assert [slot.drawn.facts["seed"] for slot in shown] == list(range(widgets.SLOTS + 1, 1, -1))
+    shown = [slot for root in page.history.children for slot in page.slots if slot.root is root]
+    assert [slot.drawn.facts["seed"] for slot in shown] == list(range(KEPT + 1, 1, -1))
     assert len(list(walk(page.root))) == len(list(walk(widgets.Page(Stub()).root)))  # no widget is made along the way
 
 
@@ -127,7 +128,7 @@ def test_looking_closer(page):
     assert page.word.options == ("a", "dog", "cat") and page.word.value == "cat"
     press(page, "Compare steps")
     press(page, "Compare stages")
-    press(page, "Where is it read?")
+    press(page, "Show attention to it")
     assert "what word found &lt;b&gt;" in page.result.value
     page.to_prompt.value, page.to_seed.value = " a tree ", 3
     press(page, "Walk")
@@ -184,7 +185,7 @@ def test_fifty_drawings_and_twenty_cancels():
         page.seed.value = seed
         page.draw()
 
-    for seed in range(widgets.SLOTS + 2):
+    for seed in range(KEPT + 2):
         click(seed)
         settled(page)
     before = psutil.Process().memory_info().rss

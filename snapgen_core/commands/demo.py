@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def page(scale: str) -> dict:
     if not cells:
         raise UserError(f"{path} has no cell with the tag {TAG!r}")
     first = {"cell_type": "code", "id": "scale", "metadata": {}, "execution_count": None, "outputs": [], "source": f"SCALE = {scale!r}"}
-    return notebook | {"cells": [first, *({**cell, "outputs": []} for cell in cells)]}
+    kernel = {name: notebook["metadata"][name] for name in ("kernelspec", "language_info") if name in notebook["metadata"]}
+    return notebook | {"metadata": kernel, "cells": [first, *({**cell, "outputs": []} for cell in cells)]}
 
 
 def check_port(port: int) -> None:
@@ -55,16 +57,27 @@ def demo(args: argparse.Namespace) -> int:
     from ..studio.shared import Server
 
     engine = Engine(args.scale)
-    server = Server(engine.run, engine.stages)
-    with tempfile.TemporaryDirectory() as folder:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the page's process ends with this one
+    with Server(engine.run, engine.stages) as server, tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder) / "SnapGen studio.ipynb"
         notebook.write_text(json.dumps(made), "utf-8")
         environment = os.environ | server.environment | {VISITORS: str(args.visitors)}
         process = subprocess.Popen([sys.executable, "-m", "snapgen_core.studio.pages", str(notebook), str(args.port), args.theme], env=environment)
-        print(f"the studio is at http://localhost:{args.port}/ (this machine only, {args.visitors} visitors at once); Ctrl-C ends it", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the page's process ends with this one
         try:
+            while process.poll() is None and not answers(args.port):
+                time.sleep(0.2)
+            if process.poll() is None:
+                print(f"the studio is at http://localhost:{args.port}/ (this machine only, {args.visitors} visitors at once); Ctrl-C ends it", flush=True)
             return process.wait()
         finally:
             process.terminate()
-            server.close()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def answers(port: int) -> bool:
+    """Whether something listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

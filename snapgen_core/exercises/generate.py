@@ -17,7 +17,7 @@ def check_calls(answer: float) -> Verdict:
         value = float(answer)
     except (TypeError, ValueError):
         return wrong("one number, please.")
-    hints = {28: "that is one picture without guidance.", 56: "that is one picture.", 84: "guidance asks the student twice a step: with the prompt, and without.", 12: "that are three pictures in four steps without guidance: what a distilled student needs."}
+    hints = {28: "that is one picture without guidance.", 56: "that is one picture.", 84: "guidance asks the student twice a step: with the prompt, and without.", 12: "that is three pictures in four steps without guidance: what a distilled student needs."}
     if value in hints:
         return wrong(hints[value])
     return right("168; a student distilled to four steps without guidance needs 12.") if value == 168 else wrong("not that many: pictures times steps times what guidance costs.")

@@ -199,5 +199,5 @@ Packages for Core ML ({manifest['target']} or later), with the names and the ord
 4. Ask the app for one step more than you want: its scheduler shifts both ends of the time axis and spends the last step at a noise level of 0.009. An app of your own should use the levels in `manifest.json`, `sigmas_of_4_steps`.
 5. Before decoding, the app divides latents by a scale and adds a shift of its own, 1.5305 and 0.0609, those of Stable Diffusion 3. This bundle's are {manifest['latents']['scale']:.4f} and {manifest['latents']['shift']:.4f}.
 
-Prompts are cut at {manifest['tokens']['clip']} tokens. `TextEncoder3`, the language model, is optional: without it, fill its {manifest['tokens']['language_model']} tokens with zeros, as the student was trained to accept.
+Prompts are cut at {manifest['tokens']['clip']} tokens. `TextEncoder3`, the language model, is for apps of your own: Apple's knows T5 in its place, leaves ours out and fills its {manifest['tokens']['language_model']} tokens with zeros, as the student was trained to accept. Where guidance is used, the unconditional half is a context of zeros, not the embedding of an empty prompt.
 """

@@ -4,10 +4,11 @@ import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import flow
 from ..devices import best_device
@@ -17,16 +18,21 @@ from ..latents import decode, load_decoder
 from ..maps import WordReader
 from ..paths import checkpoint_dir
 from ..pipeline import SnapGenPipeline, load, load_unet, to_pil
-from ..scales import PICTURE_STAGES
-from ..unet import SnapGenUNet
+from ..scales import PICTURE_STAGES, SAMPLING
 from .order import COMPARED_STEPS, Event, Order, Task
 
 SHOWN = 256  # pixels to which small pictures are enlarged in grids and animations
 FRAME_MS = 120
 
 
+@cache
+def engine_of(scale: str) -> "Engine":
+    """This process's one engine of a scale."""
+    return Engine(scale)
+
+
 class Engine:
-    """The models of a scale, loaded when first asked for and kept. One task at a time.
+    """The models of a scale, loaded when first asked for and kept.
 
     Raises:
         UserError: the scale has no student that draws, or no tiny decoder for previews.
@@ -37,18 +43,22 @@ class Engine:
         self.stages = [stage for stage in PICTURE_STAGES if (checkpoint_dir(scale) / stage / "config.json").is_file()]
         if not self.stages:
             raise UserError(f"there is no student at scale {scale}: train one with `snapgen train base --scale {scale} --ship`")
-        self.pipe = load(scale, self.stages[0]).to(best_device())
         self.preview = load_decoder(checkpoint_dir(scale) / "decoder").to(best_device())
-        self.students: dict[str, SnapGenUNet] = {self.stages[0]: self.pipe.unet}
+        self._pipes = {self.stages[0]: load(scale, self.stages[0]).to(best_device())}
 
     def at(self, order: Order) -> SnapGenPipeline:
-        """The pipeline with the order's student and decoder. Raises UserError."""
+        """The pipeline of the order's stage; all of them share what is not the student's. Raises UserError."""
         if order.stage not in self.stages:
             raise UserError(f"Stage {order.stage} has no weights at scale {self.scale} yet: choose one of {', '.join(self.stages)}.")
-        if order.stage not in self.students:
-            self.students[order.stage] = load_unet(checkpoint_dir(self.scale) / order.stage).to(self.pipe.device).eval()
-        self.pipe.register_modules(unet=self.students[order.stage], decoder=self.preview if order.decoder == "tiny" else None)
-        return self.pipe
+        if order.stage not in self._pipes:
+            first = self._pipes[self.stages[0]]
+            unet = load_unet(checkpoint_dir(self.scale) / order.stage).to(first.device).eval()
+            sizes = {name: first.config[name] for name in ("clip_tokens", "lm_tokens", "image_size")}
+            self._pipes[order.stage] = SnapGenPipeline(**first.components | {"unet": unet}, **sizes)
+        return self._pipes[order.stage]
+
+    def decoder(self, order: Order) -> nn.Module:
+        return self.preview if order.decoder == "tiny" else self.at(order).vae
 
     def run(self, task: Task) -> Iterator[Event]:
         """Events of a task, as they happen; the last one is "done". Raises UserError."""
@@ -59,6 +69,8 @@ class Engine:
     @torch.no_grad()
     def draw(self, task: Task) -> Iterator[Event]:
         order = task.order
+        if unread := self.at(order).text.truncated(order.prompt, order.encoders):
+            yield Event("note", {"text": f"The prompt is longer than the text encoders read. Its end is cut: “{unread}”."})
         for index in range(order.count):
             began = time.perf_counter()
             picture = yield from self._picture(replace(order, seed=order.seed + index), index, order.count)
@@ -74,11 +86,15 @@ class Engine:
             after_step()
             if step + 1 < order.steps:
                 yield Event("preview", {"index": index, "of": of, "step": step + 1, "steps": order.steps}, to_jpeg(decode(self.preview, calm(x0))))
-        return decode(pipe.decoder or pipe.vae, x)
+        return decode(self.decoder(order), x)
 
     def stages_side_by_side(self, task: Task) -> Iterator[Event]:
-        """One seed, drawn by every stage."""
-        yield from self._side_by_side([(stage, replace(task.order, stage=stage).checked()) for stage in self.stages], task)
+        """One seed, drawn by every stage in its own way."""
+        orders = []
+        for stage in self.stages:
+            steps, guidance = SAMPLING[stage]
+            orders.append((f"{stage}, {steps} steps", replace(task.order, stage=stage, steps=steps, guidance=guidance)))
+        yield from self._side_by_side(orders, task)
 
     def steps_side_by_side(self, task: Task) -> Iterator[Event]:
         """One seed, drawn in fewer and in more steps."""
@@ -102,7 +118,9 @@ class Engine:
             picture = (yield from self._picture(order, 0, 1, reader.add_up))[0]
         maps = reader.maps()
         if task.word not in maps:
-            raise UserError(f"{task.word!r} is no word of the prompt: choose one of {', '.join(maps)}.")
+            raise UserError(f"{task.word!r} is not in the prompt: choose one of {', '.join(maps)}.")
+        if not maps[task.word].any():
+            raise UserError(f"The text encoders do not read as far as {task.word!r}.")
         heat = enlarge(heat_image(maps[task.word]))
         plain = enlarge(to_pil(picture[None])[0])
         grid = image_grid([plain, Image.blend(plain, heat, 0.55)], [order.prompt, task.word], columns=2, side=SHOWN)
@@ -121,7 +139,7 @@ class Engine:
             part = index / (task.frames - 1)
             context, noise = torch.lerp(*ends, part)[None], on_sphere(*noises, part)[None]
             x = flow.sample(pipe.velocity(context, order.guidance), noise, pipe.sigmas(order.steps))
-            frames.append(to_pil(decode(pipe.decoder or pipe.vae, x))[0])
+            frames.append(to_pil(decode(self.decoder(order), x))[0])
             yield Event("preview", {"index": index, "of": task.frames, "step": index + 1, "steps": task.frames}, _jpeg(frames[-1]))
         alt = f"An animation from “{order.prompt}”, seed {order.seed}, to “{task.to_prompt}”, seed {task.to_seed}, and back."
         yield Event("result", {"alt": alt, "seconds": time.perf_counter() - began}, to_gif([enlarge(frame) for frame in frames]))
@@ -164,7 +182,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def to_gif(frames: list[Image.Image]) -> bytes:
-    """There and back, for ever."""
+    """There and back, three times: what moves for ever is hard on those who read beside it."""
     buffer, loop = io.BytesIO(), frames + frames[-2:0:-1]
-    loop[0].save(buffer, "GIF", save_all=True, append_images=loop[1:], duration=FRAME_MS, loop=0)
+    loop[0].save(buffer, "GIF", save_all=True, append_images=loop[1:], duration=FRAME_MS, loop=2)
     return buffer.getvalue()

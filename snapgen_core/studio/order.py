@@ -1,6 +1,7 @@
 """What a visitor can ask for, checked at the door; and what comes back. Plain data, so that it can travel between processes."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -38,7 +39,7 @@ class Order:
         if not prompt:
             raise UserError('Say what to draw, for example "a red apple".')
         if len(prompt) > LONGEST_PROMPT:
-            raise UserError(f"The prompt has {len(prompt)} characters; {LONGEST_PROMPT} are the most.")
+            raise UserError(f"The prompt has {len(prompt)} characters; at most {LONGEST_PROMPT} are allowed.")
         for name, value, low, high in (("seed", self.seed, 0, LARGEST_SEED), ("steps", self.steps, 1, MOST_STEPS), ("number of pictures", self.count, 1, MOST_PICTURES)):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise UserError(f"The {name} must be a whole number from {low} to {high}, not {value!r}.")
@@ -53,6 +54,15 @@ class Order:
         if not encoders:
             raise UserError("Choose at least one text encoder: without any, the prompt is not read.")
         return replace(self, prompt=prompt, encoders=encoders, guidance=1.0 if self.stage in UNGUIDED else float(self.guidance))
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, str]) -> Self:
+        """The order of a picture, from the text in its file (`facts`). Raises UserError where that is no picture of ours."""
+        try:
+            numbers = {name: kind(facts[name]) for name, kind in (("seed", int), ("steps", int), ("guidance", float), ("count", int))}
+            return cls(facts["prompt"], **numbers, stage=facts["stage"], decoder=facts["decoder"], encoders=tuple(facts["encoders"].split(", "))).checked()
+        except (KeyError, ValueError):
+            raise UserError("This picture does not say how it was drawn.") from None
 
     def facts(self, index: int = 0) -> dict[str, Any]:
         """What a picture's file tells of how it was drawn."""
@@ -98,14 +108,14 @@ class Task:
             order = fields.pop("order")
             return cls(order=Order(**order | {"encoders": tuple(order["encoders"])}), **fields)
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError("This is no task.") from None
+            raise UserError("Not a valid task.") from None
 
 
 @dataclass(frozen=True)
 class Event:
     """Something that happened while a task was done.
 
-    kind: "waiting" (facts: ahead, how many are), "preview" (a picture so far; facts: index, step, steps, of), "picture" (facts:
+    kind: "waiting" (facts: ahead, how many are), "note" (facts: text, a line for the visitor), "preview" (a picture so far; facts: index, step, steps, of), "picture" (facts:
     index, seconds, and the order's own), "result" (of the other tasks; facts: alt, seconds), "failed" (facts: error), "done".
     data: the bytes of a PNG, of a JPEG ("preview") or of a GIF (a walk).
     """

@@ -4,14 +4,18 @@ The engine's process listens on this machine only, and only to those who know it
 pictures, nothing that could run.
 """
 
+import contextlib
 import json
+import logging
 import os
 import secrets
+import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from typing import Self
 
 from ..errors import UserError, reason
 from .desk import Run
@@ -20,6 +24,7 @@ from .order import Event, Task
 ADDRESS, KEY = "SNAPGEN_STUDIO_ADDRESS", "SNAPGEN_STUDIO_KEY"  # environment variables by which visitors find the engine
 PATIENCE = 0.2  # seconds between two words to those who wait
 CANCEL = b"cancel"
+ENDS = ("done", "failed")  # kinds of events after which a task has none
 
 
 def send(connection: Connection, event: Event) -> None:
@@ -42,43 +47,52 @@ class Server:
         self._run, self._stages = run, stages
         self._queue: deque[object] = deque()
         self._moved = threading.Condition()
-        key = secrets.token_hex(16)
-        self._listener = Listener(("127.0.0.1", 0), authkey=key.encode())
-        self.environment = {ADDRESS: str(self._listener.address[1]), KEY: key}
+        self._key = secrets.token_hex(16)
+        self._listener = Listener(("127.0.0.1", 0))
+        self._address, self._closed = self._listener.address, False
+        self.environment = {ADDRESS: str(self._address[1]), KEY: self._key}
         threading.Thread(target=self._accept, daemon=True, name="studio-server").start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        self._listener.close()
+        """No new visitors. Those who are there are served until they leave."""
+        self._closed = True
+        with contextlib.suppress(OSError):  # a last visitor, so that the door is looked at once more
+            socket.create_connection(self._address, timeout=1).close()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection = self._listener.accept()
-            except AuthenticationError:  # somebody without the key
-                continue
-            except (EOFError, ConnectionError):  # gone before it had begun
-                continue
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        with self._listener:
+            while not self._closed:
+                with contextlib.suppress(OSError, EOFError):  # gone before it had begun
+                    connection = self._listener.accept()
+                    threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
-        """One visitor, task after task, until the connection ends."""
+        """One visitor who knows the key, task after task, until the connection ends."""
         try:
             with connection:
+                deliver_challenge(connection, self._key.encode())
+                answer_challenge(connection, self._key.encode())
                 send(connection, Event("hello", {"stages": self._stages}))
                 while True:
                     message = connection.recv_bytes()
                     if message != CANCEL:  # one that came too late for its task
                         self._answer(connection, message)
-        except (EOFError, OSError):
-            pass  # the visitor left
+        except (EOFError, OSError, AuthenticationError):
+            pass  # the visitor left, or was none
 
     def _answer(self, connection: Connection, message: bytes) -> None:
         events = self._in_turn(message)
         try:
             for event in events:
                 send(connection, event)
+                if event.kind in ENDS:  # what comes now belongs to the next task
+                    break
                 if connection.poll() and connection.recv_bytes() == CANCEL:
                     send(connection, Event("done", {}))
                     break
@@ -99,6 +113,7 @@ class Server:
         except UserError as error:
             yield Event("failed", {"error": str(error)})
         except Exception as error:
+            logging.getLogger(__name__).exception("a task failed")
             yield Event("failed", {"error": f"The engine failed: {type(error).__name__}, {reason(error)}."})
         finally:
             with self._moved:
@@ -129,7 +144,7 @@ class SharedEngine:
             self._connection.send_bytes(task.to_json().encode())
             while not ended:
                 event = receive(self._connection)
-                ended = event.kind in ("done", "failed")
+                ended = event.kind in ENDS
                 if event.kind == "failed":
                     raise UserError(event.facts["error"])
                 yield event
@@ -138,6 +153,7 @@ class SharedEngine:
             raise UserError("The studio's engine has gone: reload the page.") from None
         finally:
             if not ended:  # whoever listened has cancelled
-                self._connection.send_bytes(CANCEL)
-                while receive(self._connection).kind not in ("done", "failed"):
-                    pass
+                with contextlib.suppress(EOFError, OSError):
+                    self._connection.send_bytes(CANCEL)
+                    while receive(self._connection).kind not in ENDS:
+                        pass
