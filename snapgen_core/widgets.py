@@ -79,8 +79,8 @@ class Page:
         self.count = widgets.BoundedIntText(1, 1, MOST_PICTURES, description="Pictures", layout=widgets.Layout(width="130px"), style=wide)
         self.stage = widgets.Dropdown(options=[(STAGE_NAMES[stage], stage) for stage in engine.stages], value=engine.stages[-1], description="Stage", layout=auto, style=wide)
         self.decoder = widgets.Dropdown(options=[(DECODER_NAMES[name], name) for name in PICTURE_DECODERS], value="tiny", description="Decoder", layout=auto, style=wide)
-        self.steps = widgets.IntSlider(SAMPLING[engine.stages[-1]][0], 1, MOST_STEPS, description="Steps", continuous_update=False, layout=widgets.Layout(width="auto", flex="1 1 220px", min_width="200px"), style=wide)
-        self.guidance = widgets.FloatSlider(4.0, min=1, max=10, step=0.5, description="Guidance", continuous_update=False, layout=widgets.Layout(width="auto", flex="1 1 220px", min_width="200px"), style=wide)
+        self.steps = widgets.IntSlider(SAMPLING[engine.stages[-1]][0], 1, MOST_STEPS, description="Steps", layout=widgets.Layout(width="auto", flex="1 1 220px", min_width="200px"), style=wide)
+        self.guidance = widgets.FloatSlider(4.0, min=1, max=10, step=0.5, description="Guidance", layout=widgets.Layout(width="auto", flex="1 1 220px", min_width="200px"), style=wide)
         self.why = widgets.HTML()
         self.encoders = {name: widgets.Checkbox(True, description=text, indent=False, layout=widgets.Layout(width="auto")) for name, text in ENCODER_NAMES.items()}
 

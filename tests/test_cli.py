@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from snapgen_core.pipeline import build
 from snapgen_core.unet import SnapGenUNet
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("run", "train", "generate", "evaluate", "prepare", "export", "bench", "doctor")
+COMMANDS = ("run", "train", "generate", "evaluate", "prepare", "export", "demo", "bench", "doctor")
 GOOD = ["generate", "a red car", "--steps", "1"]
 
 
@@ -208,7 +209,7 @@ class FakePipeline:
 
     def __init__(self, fail_at=None):
         self.drawn, self.fail_at = 0, fail_at
-        self.text = self
+        self.text, self.config = self, SimpleNamespace(steps=4, guidance=1.0)
 
     def truncated(self, prompt):
         return prompt[20:].strip() or None
@@ -235,7 +236,7 @@ def test_the_picture_tells_how_it_was_made(fake, empty_folder, capfd):
     assert "car.PNG" in out and err == ""
     text = Image.open(empty_folder / "car.PNG").text
     assert {key: text[key] for key in ("prompt", "seed", "steps", "guidance", "stage", "scale")} == {
-        "prompt": "a red car ☂", "seed": "11", "steps": "3", "guidance": "2.5", "stage": "base", "scale": "tiny",
+        "prompt": "a red car ☂", "seed": "11", "steps": "3", "guidance": "2.5", "stage": "distilled", "scale": "tiny",
     }
     assert os.listdir(empty_folder) == ["car.PNG"]
 
@@ -267,12 +268,12 @@ def test_an_interrupted_series_keeps_whole_pictures_and_the_old_file(fake, empty
 
 
 def test_a_full_disk_leaves_the_old_file(fake, empty_folder, monkeypatch, capfd):
-    def full(self, part, **_):
-        Path(part).write_bytes(b"half")
+    def full(path, data):
+        path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
     (empty_folder / "snapgen.png").write_bytes(b"old")
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert "No space left on device" in rejected(capfd, *GOOD)
     assert os.listdir(empty_folder) == ["snapgen.png"] and (empty_folder / "snapgen.png").read_bytes() == b"old"
 
@@ -323,7 +324,7 @@ def test_odd_prompts_give_pictures(kind, loaded, monkeypatch, capfd, empty_folde
 
 def test_the_words_and_the_seed_matter(loaded, monkeypatch):
     monkeypatch.setattr(snapgen_core, "load", loaded)
-    runs = {"a": ["a red car"], "again": ["a red car"], "words": ["a dog"], "seed": ["a red car", "--seed", "1"], "guidance": ["a red car", "--guidance", "1"]}
+    runs = {"a": ["a red car"], "again": ["a red car"], "words": ["a dog"], "seed": ["a red car", "--seed", "1"], "guidance": ["a red car", "--guidance", "3"]}
     for name, arguments in runs.items():
         assert main(["generate", *arguments, "--steps", "2", "--out", f"{name}.png"]) == 0
     pixels = {name: np.asarray(Image.open(f"{name}.png")).tobytes() for name in runs}
@@ -372,13 +373,23 @@ def removed(folder):
 
 
 @pytest.mark.parametrize("damage", [truncated, foreign, reshaped, pickled, without_config, with_broken_config, removed])
-@pytest.mark.parametrize("model", ["base", "autoencoder", "text_l"])
+@pytest.mark.parametrize("model", ["distilled", "autoencoder", "text_l"])
 def test_damaged_weights_are_told_and_nothing_is_drawn(model, damage, tmp_path, monkeypatch, capfd, empty_folder):
     shutil.copytree(data_dir() / "checkpoints", tmp_path / "data" / "checkpoints")
     damage(tmp_path / "data" / "checkpoints" / "tiny" / model)
     monkeypatch.setenv("SNAPGEN_HOME", str(tmp_path))
     assert model in rejected(capfd, *GOOD)
     assert os.listdir(empty_folder) == []
+
+
+def test_a_stage_draws_in_its_own_way(fake, empty_folder, capfd):
+    """Its steps and guidance, unless told otherwise; what --checkpoint's name says is a stage."""
+    for arguments, said in (([], "4 steps, guidance 1,"), (["--steps", "9"], "9 steps, guidance 1,"), (["--guidance", "2"], "4 steps, guidance 2,")):
+        assert main(["generate", "a red car", *arguments]) == 0
+        assert said in capfd.readouterr().out
+    for arguments, stage in ((["--checkpoint", "weights/base"], "base"), (["--checkpoint", "weights/mine"], "distilled"), (["--checkpoint", "weights/base", "--stage", "kd"], "kd")):
+        assert main(["generate", "a red car", *arguments]) == 0
+        assert Image.open("snapgen.png").text["stage"] == stage
 
 
 def test_another_checkpoint_can_be_named(tmp_path, capfd, empty_folder):

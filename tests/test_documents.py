@@ -62,7 +62,7 @@ def test_commands_in_the_readme_can_be_typed():
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     typed = [words[1:] for words in commands if words and words[0] == "snapgen"]
-    assert {words[0] for words in typed} == {"run", "train", "generate", "evaluate", "prepare", "export", "bench", "doctor"}
+    assert {words[0] for words in typed} == {"run", "train", "generate", "evaluate", "prepare", "export", "demo", "bench", "doctor"}
     for words in typed:
         build_parser().parse_args(words)
     targets = set(re.findall(r"\bmake ([a-z]+)\b", README))

@@ -7,9 +7,11 @@ are a beta and an extra of their own: pip install "snapgen_core[coreai]".
 import asyncio
 import inspect
 import io
+import os
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -17,6 +19,19 @@ from torch import Tensor
 
 from ..errors import UserError, reason
 from .parts import Part
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what Apple's runtime, which is no Python, writes to stderr."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _libraries():
@@ -63,7 +78,7 @@ def run(path: Path, **inputs: Tensor) -> dict[str, Tensor]:
             return {name: torch.from_numpy(value.numpy().copy()) for name, value in found.items()}
 
     try:
-        with ThreadPoolExecutor(1) as aside:  # a notebook's thread has a loop of its own, in which no other may run
+        with _silent(), ThreadPoolExecutor(1) as aside:  # a notebook's thread has a loop of its own, in which no other may run
             return aside.submit(asyncio.run, answer()).result()
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path}: Core AI cannot run it: {reason(error)}") from None

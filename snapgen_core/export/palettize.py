@@ -236,7 +236,7 @@ def to_mlpackage(model, palettes: Palettes, names: Iterable[str] | None = None):
         raise UserError(f"no palette of {', '.join(map(str, PACKAGE_BITS))} bits for {', '.join(wrong)}")
     owners = _owners(_weights(coreml, model), {name: palettes[name] for name in names})
     if lost := [name for name in names if not any(name in layers for layers in owners.values())]:
-        raise UserError(f"the package holds no weights with the palettes of {', '.join(lost)}: convert the module after it was palettised")
+        raise UserError(f"the package holds no weights with the palettes of {', '.join(lost[:3])}{f' and {len(lost) - 3} others' * (len(lost) > 3)}: convert the module after it was palettised")
     lookups = {constant: _Lookup(min((palettes[name].values for name in layers), key=len)) for constant, layers in owners.items()}
     configs = {constant: coreml.OpPalettizerConfig(mode="custom", lut_function=lookup, weight_threshold=0) for constant, lookup in lookups.items()}
     packed = coreml.palettize_weights(model, coreml.OptimizationConfig(op_name_configs=configs))
