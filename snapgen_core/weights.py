@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -43,3 +44,6 @@ def save_half(model: nn.Module, folder: Path) -> None:
     """Ship a diffusers or transformers model in fp16; `model` itself stays as it is. Safetensors holds no other memory
     layout than the plain one, and training may use channels_last."""
     copy.deepcopy(model).half().to(memory_format=torch.contiguous_format).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config.pop("_name_or_path", None)  # where it was loaded from is a path of this machine
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

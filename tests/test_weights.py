@@ -1,8 +1,12 @@
 """Digests name what decides a cache, and shipping leaves the model as it was."""
 
+import json
+
 import torch
 from torch import nn
 
+from snapgen_core.paths import checkpoint_dir
+from snapgen_core.pipeline import load_unet
 from snapgen_core.unet import SnapGenUNet
 from snapgen_core.weights import save_half, weights_digest
 from test_train import LatentStage
@@ -26,3 +30,13 @@ def test_shipped_in_half_precision_the_model_stays_as_it_was(tmp_path):
     shipped = SnapGenUNet.from_pretrained(tmp_path, torch_dtype=torch.float16)
     for name, tensor in shipped.state_dict().items():
         assert tensor.dtype == torch.float16 and torch.equal(tensor, unet.state_dict()[name].half())
+
+
+def test_what_ships_names_no_path_of_this_machine(tmp_path):
+    loaded = load_unet(checkpoint_dir("tiny") / "base")
+    assert str(checkpoint_dir("tiny")) in str(loaded.config._name_or_path)  # diffusers notes it
+    save_half(loaded, tmp_path / "made")
+    assert "_name_or_path" not in json.loads((tmp_path / "made" / "config.json").read_text())
+    assert load_unet(tmp_path / "made").config.channels == loaded.config.channels
+    for config in checkpoint_dir("tiny").glob("*/config.json"):
+        assert not json.loads(config.read_text()).get("_name_or_path", "").startswith("/"), config
