@@ -364,8 +364,11 @@ def test_who_waits_may_leave(shared):
     until(lambda: not second.state.running)
     until(lambda: third.state.progress.facts["ahead"] == 1)
     first.cancel()
-    shared.run.step(2)  # the word to stop travels while a step is under way
-    until(lambda: not first.state.running)
+    end = time.monotonic() + 20
+    while first.state.running:  # the word to stop travels while steps are under way
+        assert time.monotonic() < end
+        shared.run.step(1)
+        time.sleep(0.1)
     shared.run.step(3)
     until(lambda: third.state.pictures)
     assert shared.run.seen == ["one", "three"] and second.state.error == first.state.error == ""

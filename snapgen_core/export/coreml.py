@@ -160,12 +160,9 @@ def _entry(part: Part, path: Path) -> dict:
     for file in files:
         if file.name != "Manifest.json":  # coremltools writes new identifiers into it every time
             total.update(file.read_bytes())
-    with torch.no_grad():
-        answer = part.module(**part.inputs)
-    answer = answer if isinstance(answer, tuple) else (answer,)
     ports = {
         "inputs": [{"name": name, "shape": list(example.shape), "dtype": "float32"} for name, example in part.inputs.items()],
-        "outputs": [{"name": name, "shape": list(value.shape), "dtype": "float32"} for name, value in zip(part.outputs, answer)],
+        "outputs": [{"name": name, "shape": list(value.shape), "dtype": "float32"} for name, value in part.answers(part.inputs).items()],
     }
     return {"file": path.name, **ports, "bytes": sum(file.stat().st_size for file in files), "sha256": total.hexdigest()}
 

@@ -39,6 +39,12 @@ class Part:
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
 
+    @torch.no_grad()
+    def answers(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What torch computes, by the outputs' names."""
+        found = self.module(**inputs)
+        return dict(zip(self.outputs, found if isinstance(found, tuple) else (found,)))
+
 
 class ClipPart(nn.Module):
     """forward(input_ids [1, T] as floats) -> (hidden_embeds [1, T, d], pooled_outputs [1, p]).

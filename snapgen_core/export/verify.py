@@ -100,7 +100,7 @@ def parity(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part], prompts: I
         worst = {name: {} for name in part.outputs}
         for prompt in prompts:
             inputs = realistic(part, pipe, prompt)
-            expected = answers(part, inputs)
+            expected = part.answers(inputs)
             for precision, package in packages.items():
                 replayed = package(**inputs)
                 for name, value in expected.items():
@@ -110,19 +110,13 @@ def parity(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part], prompts: I
     return rows
 
 
-def answers(part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What torch computes, by the outputs' names."""
-    found = part.module(**inputs)
-    return dict(zip(part.outputs, found if isinstance(found, tuple) else (found,)))
-
-
 @torch.no_grad()
 def on_this_mac(folder: Path, pipe: SnapGenPipeline, made: Sequence[Part]) -> dict[str, dict]:
     """Core ML's own answers, places and times for each part (`macos.measure`)."""
     found = {}
     for part in made:
         inputs = realistic(part, pipe, PROMPTS[0])
-        found[part.name] = macos.measure(folder / f"{part.name}.mlpackage", inputs, answers(part, inputs))
+        found[part.name] = macos.measure(folder / f"{part.name}.mlpackage", inputs, part.answers(inputs))
     return found
 
 

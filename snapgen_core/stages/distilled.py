@@ -9,6 +9,7 @@ and guidance is what the student has to do without from here on.
 """
 
 import copy
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from ..teachers import StoredText, drawn_latents, load_teacher
 from ..train import TrainSettings, step_generator, trim_log
 from ..unet import SnapGenUNet
 from ..weights import save_half
+from .base import TrainingSet
 from .kd import TaughtStage
 
 STEPS = 4  # of the student, and of its teacher
@@ -126,9 +128,13 @@ class DistilledStage(TaughtStage):
         self.module = DistilledTraining(unet, discriminator, get_scale(scale).shift, PARTS if only is None else (only,)).to(memory_format=torch.channels_last)
         self.settings = TrainSettings(batch_size=64, learning_rate=2e-4, rates=(("discriminator.", 3e-3),), turns=True, steps=3_000, cooldown=1 / 3)
 
+    @cached_property
+    def data(self) -> TrainingSet:
+        return TrainingSet(self.scale, 0, DRAWN)  # for their captions: the clean latents are the few-step teacher's
+
     def prepare(self) -> None:
         super().prepare()
-        self.captions = self.data.scenes.captions[:DRAWN]
+        self.captions = self.data.scenes.captions
         self.latents = drawn_latents(self.teacher, self.text, self.captions, self.scale, STEPS, cache_dir(self.scale))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:

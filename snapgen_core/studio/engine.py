@@ -54,7 +54,8 @@ class Engine:
             first = self._pipes[self.stages[0]]
             unet = load_unet(checkpoint_dir(self.scale) / order.stage).to(first.device).eval()
             sizes = {name: first.config[name] for name in ("clip_tokens", "lm_tokens", "image_size")}
-            self._pipes[order.stage] = SnapGenPipeline(**first.components | {"unet": unet}, **sizes)
+            steps, guidance = SAMPLING[order.stage]
+            self._pipes[order.stage] = SnapGenPipeline(**first.components | {"unet": unet}, **sizes, steps=steps, guidance=guidance)
         return self._pipes[order.stage]
 
     def decoder(self, order: Order) -> nn.Module:
@@ -85,7 +86,7 @@ class Engine:
         for step, x, x0 in flow.trajectory(pipe.velocity(context, order.guidance), noise, pipe.sigmas(order.steps)):
             after_step()
             if step + 1 < order.steps:
-                yield Event("preview", {"index": index, "of": of, "step": step + 1, "steps": order.steps}, to_jpeg(decode(self.preview, calm(x0))))
+                yield Event("preview", {"index": index, "of": of, "step": step + 1, "steps": order.steps}, to_jpeg(to_pil(decode(self.preview, calm(x0)))[0]))
         return decode(self.decoder(order), x)
 
     def stages_side_by_side(self, task: Task) -> Iterator[Event]:
@@ -140,7 +141,7 @@ class Engine:
             context, noise = torch.lerp(*ends, part)[None], on_sphere(*noises, part)[None]
             x = flow.sample(pipe.velocity(context, order.guidance), noise, pipe.sigmas(order.steps))
             frames.append(to_pil(decode(self.decoder(order), x))[0])
-            yield Event("preview", {"index": index, "of": task.frames, "step": index + 1, "steps": task.frames}, _jpeg(frames[-1]))
+            yield Event("preview", {"index": index, "of": task.frames, "step": index + 1, "steps": task.frames}, to_jpeg(frames[-1]))
         alt = f"An animation from “{order.prompt}”, seed {order.seed}, to “{task.to_prompt}”, seed {task.to_seed}, and back."
         yield Event("result", {"alt": alt, "seconds": time.perf_counter() - began}, to_gif([enlarge(frame) for frame in frames]))
 
@@ -170,12 +171,8 @@ def calm(x0: Tensor) -> Tensor:
     return x0 / x0.std().clamp(min=1)
 
 
-def to_jpeg(images: Tensor) -> bytes:
-    """The first of images [B, 3, H, W]: a preview, small rather than exact."""
-    return _jpeg(to_pil(images[:1])[0])
-
-
-def _jpeg(image: Image.Image) -> bytes:
+def to_jpeg(image: Image.Image) -> bytes:
+    """A preview, small rather than exact."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
