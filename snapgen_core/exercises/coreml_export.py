@@ -5,17 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .verdict import UNANSWERED, Verdict, call, right, wrong
+from .verdict import Verdict, call, number, right, wrong
 
 
 def check_megabytes(answer: float) -> Verdict:
     """06, exercise 1: megabytes (10^6 bytes) of 379 million weights at 4.3 bits."""
-    if answer is None or answer is ...:
-        return UNANSWERED
-    try:
-        value = float(answer)
-    except (TypeError, ValueError):
-        return wrong("one number, please.")
+    value, failed = number(answer, "one number, please.")
+    if failed is not None:
+        return failed
     expected = 379e6 * 4.3 / 8 / 1e6
     for factor, hint in ((8, "that are megabits: a byte has eight bits."), (1e6, "that are bytes. A megabyte has a million."), (16 / 4.3, "that is their size in 16 bits."), (1e6 / 2**20, "that are mebibytes, of 2^20 bytes. Megabytes have 10^6.")):
         if abs(value / (expected * factor) - 1) < 0.01:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import flow
-from .verdict import UNANSWERED, Verdict, call, close, right, wrong
+from .verdict import Verdict, call, close, number, right, wrong
 
 
 def check_endpoints(answer: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Verdict:
@@ -41,12 +41,9 @@ def check_endpoints(answer: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Ten
 
 def check_share_above(answer: float) -> Verdict:
     """03, exercise 2: which share of the training levels (logit-normal, shift 3) lies above 0.9?"""
-    if answer is None or answer is ...:
-        return UNANSWERED
-    try:
-        value = float(answer)
-    except (TypeError, ValueError):
-        return wrong("a number between 0 and 1, please.")
+    value, failed = number(answer, "a number between 0 and 1, please.")
+    if failed is not None:
+        return failed
 
     def tail(z: float) -> float:
         return 0.5 * math.erfc(z / math.sqrt(2))

@@ -6,17 +6,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .verdict import UNANSWERED, Verdict, call, right, wrong
+from .verdict import Verdict, call, number, right, wrong
 
 
 def check_calls(answer: float) -> Verdict:
     """08, exercise 1: samples that go through the student for three pictures in 28 guided steps."""
-    if answer is None or answer is ...:
-        return UNANSWERED
-    try:
-        value = float(answer)
-    except (TypeError, ValueError):
-        return wrong("one number, please.")
+    value, failed = number(answer, "one number, please.")
+    if failed is not None:
+        return failed
     hints = {28: "that is one picture without guidance.", 56: "that is one picture.", 84: "guidance asks the student twice a step: with the prompt, and without.", 12: "that is three pictures in four steps without guidance: what a distilled student needs."}
     if value in hints:
         return wrong(hints[value])

@@ -8,17 +8,14 @@ from torch import Tensor
 
 from .. import flow
 from ..distill import task_weight
-from .verdict import UNANSWERED, Verdict, call, close, right, wrong
+from .verdict import UNANSWERED, Verdict, call, close, number, right, wrong
 
 
 def check_half_weight(answer: float) -> Verdict:
     """04, exercise 1: the lower t at which data and teacher have equal weight, lambda(t) = 1/2."""
-    if answer is None or answer is ...:
-        return UNANSWERED
-    try:
-        value = float(answer)
-    except (TypeError, ValueError):
-        return wrong("a number between 0 and 1/2, please.")
+    value, failed = number(answer, "a number between 0 and 1/2, please.")
+    if failed is not None:
+        return failed
     low, high = 0.0, 0.5  # lambda rises from 0 to 1 between these
     for _ in range(40):
         middle = (low + high) / 2

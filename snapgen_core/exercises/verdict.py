@@ -1,5 +1,6 @@
 """What a checker says of an answer, and what all of them need."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,3 +44,13 @@ def call(answer: Callable, *arguments) -> tuple[object, Verdict | None]:
     except Exception as error:  # a learner's function may fail in any way: that is a wrong answer, not a crash here
         return None, wrong(f"your function stopped with {type(error).__name__}: {error}")
     return value, UNANSWERED if value is None or value is ... else None
+
+
+def number(answer: object, asked: str) -> tuple[float, Verdict | None]:
+    """(`answer` as a number, None), or (nan, a verdict) where there is none yet or it is something else: what was `asked`."""
+    if answer is None or answer is ...:
+        return math.nan, UNANSWERED
+    try:
+        return float(answer), None
+    except (TypeError, ValueError):
+        return math.nan, wrong(asked)
