@@ -16,7 +16,7 @@ from .scales import PICTURE_DECODERS, PICTURE_STAGES
 from .threads import cap_threads
 
 TRAIN_STAGES = ("autoencoder", "decoder", "decoder_norms", "photo_autoencoder", "photo_decoder", "text", "detector", "base", "teacher", "kd", "turbo", "distilled", "ablation")
-BENCHMARKS = ("unet", "chain", "decoder", "kd", "export")
+BENCHMARKS = ("unet", "chain", "decoder", "kd", "steps", "export")
 LONGEST_LINE = 300
 
 
@@ -183,7 +183,7 @@ def _add_bench(commands) -> None:
     bench = _add(commands, "bench", "time a network beside those that one might take instead",
                  "  snapgen bench unet --only ours --only dreamlite\n"
                  "  snapgen bench unet --json exports/results/bench-unet.json")
-    bench.add_argument("what", choices=BENCHMARKS, metavar="WHAT", help="unet or decoder (ours and its peers) or chain (the steps of Fig. 3), at the paper's size; kd (training steps with and without a teacher, at --scale); export (the paper's networks as packages for a phone)")
+    bench.add_argument("what", choices=BENCHMARKS, metavar="WHAT", help="unet or decoder (ours and its peers) or chain (the steps of Fig. 3), at the paper's size; kd (training steps with and without a teacher, at --scale); steps (a picture in few steps beside one in many, at --scale); export (the paper's networks as packages for a phone)")
     bench.add_argument("--only", action="append", metavar="NAME",
                        help="measure this model alone; may be repeated (a wrong name lists the choices)")
     bench.add_argument("--runs", type=_number(int, 1, 1000), default=3, metavar="N", help="timed passes of each (default: 3)")

@@ -37,12 +37,14 @@ def bench(args: argparse.Namespace) -> int:
     if args.json:
         check_output(args.json, ".json")
     quiet_libraries(args.scale)
+    if args.teacher and args.what != "kd":
+        raise UserError(f"bench {args.what} has no teacher: --teacher goes with bench kd")
     if args.what == "kd":
         return _bench_kd(args)
     if args.what == "export":
         return _bench_export(args)
-    if args.teacher:
-        raise UserError(f"bench {args.what} has no teacher: --teacher goes with bench kd")
+    if args.what == "steps":
+        return _bench_steps(args)
 
     from .. import bench as benchmark
     from ..peers import BENCHMARKS
@@ -103,6 +105,27 @@ def _bench_kd(args: argparse.Namespace) -> int:
     print(f"a step takes {costs['step_macs_ratio']:.1f} times the MACs of one without a teacher, and keeps {costs['kd_activation_bytes'] / 2**30:.1f} GiB of activations ({costs['task_activation_bytes'] / 2**30:.1f} without)")
     if args.json:
         write_json(args.json, {**_facts(args), "scale": args.scale, "steps": steps, "paper": costs})
+    return 0
+
+
+def _bench_steps(args: argparse.Namespace) -> int:
+    """A picture in few steps beside one in many."""
+    if args.only:
+        raise UserError("bench steps compares two ways to a picture: it takes no --only")
+    from ..bench_steps import paper_training, time_pictures
+
+    times = time_pictures(args.scale, args.runs)
+    print(f"one picture at {args.scale}, from a prompt to pixels, {_machine()}, median of {args.runs}; in turns")
+    for name in ("before", "after"):
+        line = times[name]
+        parts = ", ".join(f"{part} {1000 * seconds:.1f} ms" for part, seconds in line["parts"].items())
+        print(f"{line['stage']:<12}{line['steps']:>3} steps{', guided' if line['guidance'] != 1 else ', unguided':<12}{line['median']:>8.3f} s   ({parts})")
+    print(f"step distillation: {times['ratio']:.1f} times as fast")
+    costs = paper_training()
+    print(f"training it at the paper's size, a sample of 1024 pixels: {costs['heads_turn_macs'] / 1e12:.0f} TMACs in the heads' turn, {costs['students_turn_macs'] / 1e12:.0f} in the student's;")
+    print(f"{costs['state_bytes'] / 2**30:.0f} GiB for weights and optimisers, and {costs['activation_bytes'] / 2**30:.1f} GiB of activations a sample without checkpointing")
+    if args.json:
+        write_json(args.json, {**_facts(args), "scale": args.scale, "pictures": times, "paper": costs})
     return 0
 
 

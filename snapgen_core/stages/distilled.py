@@ -6,9 +6,15 @@ student's guesses; the student learns to be taken for data, and beside that Eq. 
 The data are latents that the few-step teacher has drawn itself, as in LADD, which the paper follows [Sauer et al. 2024]. Scenes
 would have the task loss pull the middle steps, where lambda(t) leaves them to it, towards what captions mean without guidance;
 and guidance is what the student has to do without from here on.
+
+One decision goes beyond the paper's text, which does not say where x_t comes from in this step. Only a part of a batch are noised
+data; for the rest the student runs from pure noise to the level t by itself, for there it will have to go on when it draws
+["backward simulation", Yin et al. 2024]. No clean latent belongs to such an x_t, so these samples have no task loss: Eq. 4 takes
+the place of Eq. 7 there.
 """
 
 import copy
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +44,8 @@ from .kd import TaughtStage
 
 STEPS = 4  # of the student, and of its teacher
 DRAWN = 8192  # latents to learn from
-TURNS = 1  # steps of the heads for each of the student's
+TURNS = 4  # of so many steps the first one is the heads', the others are the student's
+NOISED = 4  # of so many samples at each level one is noised data, the others are places on the student's own run
 BLOCKS = (1, 3, 5)  # of the few-step teacher's twin; at other scales as many at the same depths
 PENALTY = 0.0  # weight of R1
 WATCHED = ("a dog", "three apples", "a purple elephant", "a crown above a penguin", "a green car and a yellow hat")  # drawn along the training
@@ -49,28 +56,41 @@ class DistilledTraining(nn.Module):
     """forward(heads_turn [1], ...) -> (Eq. 9 for the player whose turn it is, figures); see both losses for what they take.
 
     Hinge losses take the place of the logarithms [Sauer et al. 2024].
+
+    Args:
+        ask: the few-step teacher's velocity of (x_t, timestep, context, pooled); a function and no module, as the features are.
     """
 
-    def __init__(self, unet: SnapGenUNet, discriminator: LatentDiscriminator, shift: float, parts: tuple[str, ...] = PARTS):
+    def __init__(self, unet: SnapGenUNet, discriminator: LatentDiscriminator, ask: Callable[..., Tensor], shift: float, parts: tuple[str, ...] = PARTS):
         super().__init__()
-        self.unet, self.discriminator = unet, discriminator
+        self.unet, self.discriminator, self.ask = unet, discriminator, ask
         self.shift, self.parts = shift, parts
 
     def forward(self, heads_turn: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.heads_loss(**batch) if heads_turn else self.students_loss(**batch)
 
-    def guess(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def place(self, x0: Tensor, eps: Tensor, sigma: Tensor, own: Tensor, context: Tensor) -> Tensor:
+        """x_t: by Eq. 1 from data x0, or, where `own` [B] is true, where the student's own run from `eps` is at level `sigma`."""
+        x, levels = eps.clone(), flow.inference_sigmas(STEPS, self.shift).to(sigma)
+        for here, there in zip(levels, levels[1:]):
+            on = own & (sigma < here)  # those that have further to go
+            if on.any():
+                v = self.unet(x[on], (flow.TIMESTEPS * here).expand(len(x[on])), context[on]).sample
+                x[on] = flow.euler_step(x[on], v.to(x.dtype), here, there)
+        return torch.where(own[:, None, None, None], x, flow.interpolate(x0, eps, sigma))
+
+    def guess(self, x_t: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """The student's velocity at x_t, and x0' = G(x_t, t), the clean latent that it points to."""
-        x_t = flow.interpolate(x0, eps, sigma)
         v = self.unet(x_t, flow.TIMESTEPS * sigma, context).sample
         return v, flow.predicted_x0(x_t, v, sigma)
 
-    def heads_loss(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor, below: Tensor, real_eps: Tensor, made_eps: Tensor, teachers_context: Tensor, pooled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def heads_loss(self, x0: Tensor, eps: Tensor, sigma: Tensor, own: Tensor, context: Tensor, below: Tensor, real_eps: Tensor, made_eps: Tensor, teachers_context: Tensor, pooled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's side. x0 and the noises are [B,16,h,w], `sigma` [B] is the level t at which the student guesses,
-        `below` [B] that of t - 1, to which guess and data are noised again; the rest is text."""
+        `below` [B] that of t - 1, to which guess and data are noised again; `own` as in `place`; the rest is text."""
         judge = self.discriminator
         with torch.no_grad():
-            made = self.guess(x0, eps, sigma, context)[1]
+            made = self.guess(self.place(x0, eps, sigma, own, context), sigma, context)[1]
             real, made = (judge.features(flow.interpolate(x, noise, below), flow.TIMESTEPS * below, teachers_context, pooled, judge.blocks) for x, noise in ((x0, real_eps), (made, made_eps)))
         logits, made_logits = judge.judge(real, below, pooled), judge.judge(made, below, pooled)
         loss = discriminator_loss(logits, made_logits)
@@ -79,22 +99,30 @@ class DistilledTraining(nn.Module):
         accuracy = (torch.cat([logits, -made_logits]) > 0).float().mean()
         return loss, {"judge": loss.detach(), "accuracy": accuracy, **by_level("real", logits, below), **by_level("made", made_logits, below)}
 
-    def students_loss(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor, velocity: Tensor, below: Tensor, made_eps: Tensor, teachers_context: Tensor, pooled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's side; `velocity` [B,16,h,w] is the few-step teacher's."""
-        v, made = self.guess(x0, eps, sigma, context)
-        task, output = flow.flow_matching_loss(v, x0, eps), output_loss(velocity.float(), v.float())
-        terms = {}
+    def students_loss(self, x0: Tensor, eps: Tensor, sigma: Tensor, own: Tensor, context: Tensor, below: Tensor, made_eps: Tensor, teachers_context: Tensor, pooled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's side; arguments as above."""
+        x_t = self.place(x0, eps, sigma, own, context)
+        v, made = self.guess(x_t, sigma, context)
+        figures, terms = {}, {}
         if "adversarial" in self.parts:
             frozen = {name: tensor.detach() for name, tensor in self.discriminator.named_parameters()}
             terms["adversarial"] = -functional_call(self.discriminator, frozen, (flow.interpolate(made, made_eps, below), below, teachers_context, pooled)).mean()
         if "kd" in self.parts:
-            terms["kd"] = scaled(task, output, flow.unshift(sigma, self.shift))
+            output = output_loss(self.ask(x_t, flow.TIMESTEPS * sigma, teachers_context, pooled).float(), v.float())
+            task = flow.flow_matching_loss(v, x0, eps)[~own]
+            noised = scaled(task, output[~own], flow.unshift(sigma[~own], self.shift))  # Eq. 7, mean over the samples
+            terms["kd"] = (noised * len(task) + output[own].sum()) / len(output)
+            figures = {"task": task.detach().mean(), "output": output.detach().mean()}
         # How hard each term pulls is known at v; from there one walk back through the student is enough for both.
         pulls = {name: torch.autograd.grad(term, v, retain_graph=True)[0] for name, term in terms.items()}
         walk = (v * sum(pulls.values())).sum()
         loss = walk + (sum(terms.values()) - walk).detach()
-        figures = {name: term.detach() for name, term in terms.items()} | {f"{name}_pull": pull.norm() for name, pull in pulls.items()}
-        return loss, {"task": task.detach().mean(), "output": output.detach().mean(), **figures}
+        return loss, figures | {name: term.detach() for name, term in terms.items()} | {f"{name}_pull": pull.norm() for name, pull in pulls.items()}
+
+
+def at_depths(blocks: tuple[int, ...], layers: int) -> list[int]:
+    """Blocks of the tiny twin as those at the same depths of a teacher with so many layers."""
+    return [(block + 1) * layers // get_scale("tiny").teacher["num_layers"] - 1 for block in blocks]
 
 
 def by_level(name: str, logits: Tensor, below: Tensor) -> dict[str, Tensor]:
@@ -120,13 +148,11 @@ class DistilledStage(TaughtStage):
         self.options = {name: str(value) for name, value in options.items() if value is not None}
         self.teacher, self.text = load_teacher(scale, teacher, t5 != "no", few_steps=True)
         held = self.teacher.transformer.config
-        depth = get_scale("tiny").teacher["num_layers"]
-        blocks = [(block + 1) * held.num_layers // depth - 1 for block in BLOCKS]
         torch.manual_seed(seed)
         unet = load_unet(checkpoint_dir(scale) / "kd")
-        discriminator = LatentDiscriminator(self.teacher.block_features, self.teacher.transformer.inner_dim, held.pooled_projection_dim, blocks)
-        self.module = DistilledTraining(unet, discriminator, get_scale(scale).shift, PARTS if only is None else (only,)).to(memory_format=torch.channels_last)
-        self.settings = TrainSettings(batch_size=64, learning_rate=2e-4, rates=(("discriminator.", 3e-3),), turns=True, steps=3_000, cooldown=1 / 3)
+        discriminator = LatentDiscriminator(self.teacher.block_features, self.teacher.transformer.inner_dim, held.pooled_projection_dim, at_depths(BLOCKS, held.num_layers))
+        self.module = DistilledTraining(unet, discriminator, self.ask, get_scale(scale).shift, PARTS if only is None else (only,)).to(memory_format=torch.channels_last)
+        self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, rates=(("discriminator.", 3e-3),), turns=True, steps=3_000, cooldown=1 / 2)
 
     @cached_property
     def data(self) -> TrainingSet:
@@ -144,27 +170,25 @@ class DistilledStage(TaughtStage):
         return self.latents[rows].to(generator.device).float(), StoredText(self.data.embeddings)(prompts)[0], prompts
 
     def heads_turn(self, step: int) -> bool:
-        return "adversarial" in self.module.parts and step % (TURNS + 1) < TURNS
+        return "adversarial" in self.module.parts and step % TURNS == 0
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         generator, count = step_generator(self.seed, step, rank, best_device()), self.settings.batch_size // world
         x0, context, prompts = self.draw(count, generator)
         noises = {name: torch.randn(x0.shape, generator=generator, device=x0.device) for name in ("eps", "made_eps", "real_eps")}
         sigmas = flow.inference_sigmas(STEPS, get_scale(self.scale).shift).to(x0.device)
-        place = torch.arange(count, device=x0.device) % STEPS  # as many samples at every level
-        batch = {"x0": x0, "context": context, "sigma": sigmas[place], "below": sigmas[place + 1], **noises}
+        number = torch.arange(count, device=x0.device)
+        level = number % STEPS  # as many samples at every level
+        batch = {"x0": x0, "context": context, "sigma": sigmas[level], "below": sigmas[level + 1], "own": number // STEPS % NOISED != 0, **noises}
         teachers_context, pooled = self.text(prompts)
         batch |= {"teachers_context": teachers_context, "pooled": pooled, "heads_turn": torch.tensor([self.heads_turn(step)])}
         if not batch["heads_turn"]:
             del batch["real_eps"]
-            batch["velocity"] = self.ask(batch)
         return batch
 
-    def ask(self, batch: dict[str, Tensor]) -> Tensor:
+    def ask(self, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         """The few-step teacher's velocities."""
-        device = self.teacher.transformer.device
-        x, sigma = flow.interpolate(batch["x0"], batch["eps"], batch["sigma"]).to(device), batch["sigma"].to(device)
-        return self.teacher(x, flow.TIMESTEPS * sigma, batch["teachers_context"].to(device), batch["pooled"].to(device))[0]
+        return self.teacher(x, timestep, context, pooled)[0]
 
     @torch.no_grad()
     def watch(self, run_dir: Path, step: int, average: dict[str, Tensor]) -> None:

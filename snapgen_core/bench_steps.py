@@ -1,0 +1,103 @@
+"""What few steps save: a picture of the few-step student beside one of the student before, drawn in many guided steps; and
+what stage `distilled` costs at the paper's size, counted without weights."""
+
+import statistics
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .adversarial import LatentDiscriminator
+from .bench import timed
+from .bench_kd import SD35_LARGE, TEXT_ENCODERS, paper_costs, saved_bytes
+from .devices import best_device
+from .latents import decode
+from .pipeline import SnapGenPipeline, load
+from .profile import count_parameters
+from .scales import SAMPLING
+from .stages.distilled import BLOCKS, at_depths
+from .teachers import Teacher
+
+PROMPT = "a red car left of a dog"
+STAGES = {"before": "kd", "after": "distilled"}
+
+
+class Picture:
+    """A pipeline that draws one picture from a prompt to PIL, text encoders and tiny decoder (Sec. 3.2) included."""
+
+    def __init__(self, pipe: SnapGenPipeline):
+        self.pipe = pipe.to(best_device())
+        self.noise = pipe.noise(1, torch.Generator().manual_seed(0))
+
+    def __call__(self) -> None:
+        self.pipe(PROMPT, latents=self.noise)
+
+    def parts(self) -> dict:
+        """What a picture is made of, to be timed one by one."""
+        context = self.pipe.text.encode([PROMPT])
+        field = self.pipe.velocity(context, self.pipe.config.guidance)
+        sigma = torch.tensor(0.5)
+        return {"text": lambda: self.pipe.text.encode([PROMPT]), "step": lambda: field(self.noise, sigma), "decoder": lambda: decode(self.pipe.decoder, self.noise)}
+
+
+@torch.no_grad()
+def time_pictures(scale: str, runs: int) -> dict:
+    """Seconds of a picture before and after step distillation, end to end and by part. The two take turns, so that a machine
+    whose speed changes does it to both; `ratio` is the median of before over after."""
+    pictures = {name: Picture(load(scale, stage, decoder="tiny")) for name, stage in STAGES.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in pictures}
+    calls = {name: picture.parts() for name, picture in pictures.items()}
+    parts: dict[str, dict[str, list[float]]] = {name: {part: [] for part in named} for name, named in calls.items()}
+    for picture in pictures.values():
+        picture()  # the first one takes memory
+    for _ in tqdm(range(runs), desc="pictures", unit="round", leave=False):
+        for name, picture in pictures.items():
+            seconds[name] += timed(picture, 1, picture.pipe.device)
+            for part, call in calls[name].items():
+                parts[name][part] += timed(call, 1, picture.pipe.device)
+    result: dict = {"ratio": statistics.median(before / after for before, after in zip(seconds["before"], seconds["after"]))}
+    for name, stage in STAGES.items():
+        steps, guidance = SAMPLING[stage]
+        result[name] = {"stage": stage, "steps": steps, "guidance": guidance, "seconds": seconds[name], "median": statistics.median(seconds[name])}
+        result[name]["parts"] = {part: statistics.median(times) for part, times in parts[name].items()}
+    return result
+
+
+class Judged(nn.Module):
+    """The discriminator together with its frozen teacher, whose weights are no activations."""
+
+    def __init__(self, teacher: Teacher):
+        super().__init__()
+        self.teacher = teacher
+        held = teacher.transformer.config
+        self.judge = LatentDiscriminator(teacher.block_features, teacher.transformer.inner_dim, held.pooled_projection_dim, at_depths(BLOCKS, held.num_layers))
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.judge(**inputs)
+
+
+def paper_training(text_tokens: int = 333) -> dict[str, float]:
+    """MACs and bytes of stage `distilled` at 1024 pixels with a teacher of SD3.5-Large's shape, counted on meta tensors.
+
+    Heads' turn: the student's guess, and the teacher's features of guess and data, forward alone. Student's turn: the student
+    forward and backward (twice the MACs of forward), the teacher's answer, and the teacher's features forward and backward (to
+    its inputs alone: once the MACs). `state_bytes`: student and heads in fp32 with gradients, two moments and the average;
+    teacher and text encoders in bf16.
+    """
+    costs = paper_costs(teacher_tokens=text_tokens)
+    with torch.device("meta"):
+        half = {"dtype": torch.bfloat16}
+        judged = Judged(Teacher(SD3Transformer2DModel(**SD35_LARGE).to(torch.bfloat16)))
+        noised = torch.empty(1, 16, 128, 128, **half, requires_grad=True)
+        text = {"context": torch.empty(1, text_tokens, 4096, **half), "pooled": torch.empty(1, 2048, **half)}
+        judging = saved_bytes(judged, x=noised, sigma=torch.empty(1), **text)
+        heads = count_parameters(judged.judge)
+    student, teacher = costs["student_macs"], costs["teacher_macs"]
+    return {
+        "heads_parameters": heads,
+        "heads_turn_macs": student + 2 * teacher,
+        "students_turn_macs": 3 * student + 3 * teacher,
+        "state_bytes": 4 * 5 * (costs["student_parameters"] + heads) + 2 * (costs["teacher_parameters"] + sum(TEXT_ENCODERS.values())),
+        "activation_bytes": costs["task_activation_bytes"] + judging,
+    }
