@@ -20,32 +20,34 @@ from .stages.distilled import BLOCKS, at_depths
 from .teachers import Teacher
 
 PROMPT = "a red car left of a dog"
+COUNTS = (1, 8)  # pictures at once
 STAGES = {"before": "kd", "after": "distilled"}
 
 
-class Picture:
-    """A pipeline that draws one picture from a prompt to PIL, text encoders and tiny decoder (Sec. 3.2) included."""
+class Pictures:
+    """A pipeline that draws `count` pictures at once from prompts to PIL, text encoders and tiny decoder (Sec. 3.2) included."""
 
-    def __init__(self, pipe: SnapGenPipeline):
+    def __init__(self, pipe: SnapGenPipeline, count: int):
         self.pipe = pipe.to(best_device())
-        self.noise = pipe.noise(1, torch.Generator().manual_seed(0))
+        self.prompts = [PROMPT] * count
+        self.noise = pipe.noise(count, torch.Generator().manual_seed(0))
 
     def __call__(self) -> None:
-        self.pipe(PROMPT, latents=self.noise)
+        self.pipe(self.prompts, latents=self.noise)
 
     def parts(self) -> dict:
-        """What a picture is made of, to be timed one by one."""
-        context = self.pipe.text.encode([PROMPT])
+        """What the time goes to, to be timed one by one."""
+        context = self.pipe.text.encode(self.prompts)
         field = self.pipe.velocity(context, self.pipe.config.guidance)
         sigma = torch.tensor(0.5)
-        return {"text": lambda: self.pipe.text.encode([PROMPT]), "step": lambda: field(self.noise, sigma), "decoder": lambda: decode(self.pipe.decoder, self.noise)}
+        return {"text": lambda: self.pipe.text.encode(self.prompts), "step": lambda: field(self.noise, sigma), "decoder": lambda: decode(self.pipe.decoder, self.noise)}
 
 
 @torch.no_grad()
-def time_pictures(scale: str, runs: int) -> dict:
-    """Seconds of a picture before and after step distillation, end to end and by part. The two take turns, so that a machine
-    whose speed changes does it to both; `ratio` is the median of before over after."""
-    pictures = {name: Picture(load(scale, stage, decoder="tiny")) for name, stage in STAGES.items()}
+def time_pictures(scale: str, runs: int, count: int = 1) -> dict:
+    """Seconds of `count` pictures before and after step distillation, end to end and by part. The two take turns, so that a
+    machine whose speed changes does it to both; `ratio` is the median of before over after."""
+    pictures = {name: Pictures(load(scale, stage, decoder="tiny"), count) for name, stage in STAGES.items()}
     seconds: dict[str, list[float]] = {name: [] for name in pictures}
     calls = {name: picture.parts() for name, picture in pictures.items()}
     parts: dict[str, dict[str, list[float]]] = {name: {part: [] for part in named} for name, named in calls.items()}
@@ -56,7 +58,7 @@ def time_pictures(scale: str, runs: int) -> dict:
             seconds[name] += timed(picture, 1, picture.pipe.device)
             for part, call in calls[name].items():
                 parts[name][part] += timed(call, 1, picture.pipe.device)
-    result: dict = {"ratio": statistics.median(before / after for before, after in zip(seconds["before"], seconds["after"]))}
+    result: dict = {"count": count, "ratio": statistics.median(before / after for before, after in zip(seconds["before"], seconds["after"]))}
     for name, stage in STAGES.items():
         steps, guidance = SAMPLING[stage]
         result[name] = {"stage": stage, "steps": steps, "guidance": guidance, "seconds": seconds[name], "median": statistics.median(seconds[name])}

@@ -21,8 +21,8 @@ def test_both_ways_draw_as_their_stages_do_and_take_turns(monkeypatch):
         return pictures
 
     monkeypatch.setattr(SnapGenPipeline, "__call__", watched)
-    times = bench_steps.time_pictures("tiny", 2)
-    assert asked == [[2] * 28, [1] * 4] * 3  # network calls and their batches; the first round is not timed
+    times = bench_steps.time_pictures("tiny", 2, count=3)
+    assert asked == [[6] * 28, [3] * 4] * 3  # network calls and their batches; the first round is not timed
     assert times["ratio"] > 1 and times["before"]["median"] > times["after"]["median"]
     for name in ("before", "after"):
         assert len(times[name]["seconds"]) == 2 and set(times[name]["parts"]) == {"text", "step", "decoder"}
@@ -42,10 +42,10 @@ def test_costs_at_the_papers_size():
 def test_the_command_prints_and_writes(monkeypatch, tmp_path, capfd):
     parts = {"text": 0.01, "step": 0.02, "decoder": 0.03}
     times = {"ratio": 12.5, "before": {"stage": "kd", "steps": 28, "guidance": 4.0, "seconds": [1.25], "median": 1.25, "parts": parts}, "after": {"stage": "distilled", "steps": 4, "guidance": 1.0, "seconds": [0.1], "median": 0.1, "parts": parts}}
-    monkeypatch.setattr(bench_steps, "time_pictures", lambda scale, runs: times)
+    monkeypatch.setattr(bench_steps, "time_pictures", lambda scale, runs, count: times | {"count": count})
     assert main(["bench", "steps", "--runs", "7", "--json", str(tmp_path / "b.json")]) == 0
     out, written = capfd.readouterr().out, json.loads((tmp_path / "b.json").read_text())
     assert "12.5 times as fast" in out and "decoder 30.0 ms" in out and "TMACs in the heads' turn" in out
-    assert written["pictures"] == times and written["runs"] == 7 and written["paper"]["heads_turn_macs"] > 1e13
+    assert written["pictures"] == {str(count): times | {"count": count} for count in bench_steps.COUNTS} and written["runs"] == 7 and written["paper"]["heads_turn_macs"] > 1e13
     assert main(["bench", "steps", "--only", "after"]) == 2 and "takes no --only" in capfd.readouterr().err
     assert main(["bench", "steps", "--teacher", "folder"]) == 2 and "has no teacher" in capfd.readouterr().err

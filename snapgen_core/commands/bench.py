@@ -112,15 +112,18 @@ def _bench_steps(args: argparse.Namespace) -> int:
     """A picture in few steps beside one in many."""
     if args.only:
         raise UserError("bench steps compares two ways to a picture: it takes no --only")
-    from ..bench_steps import paper_training, time_pictures
+    from ..bench_steps import COUNTS, paper_training, time_pictures
 
-    times = time_pictures(args.scale, args.runs)
-    print(f"one picture at {args.scale}, from a prompt to pixels, {_machine()}, median of {args.runs}; in turns")
-    for name in ("before", "after"):
-        line = times[name]
-        parts = ", ".join(f"{part} {1000 * seconds:.1f} ms" for part, seconds in line["parts"].items())
-        print(f"{line['stage']:<12}{line['steps']:>3} steps{', guided' if line['guidance'] != 1 else ', unguided':<12}{line['median']:>8.3f} s   ({parts})")
-    print(f"step distillation: {times['ratio']:.1f} times as fast")
+    print(f"pictures at {args.scale}, from prompts to pixels, {_machine()}, median of {args.runs}; in turns")
+    times = {}
+    for count in COUNTS:
+        times[str(count)] = found = time_pictures(args.scale, args.runs, count)
+        print(f"{count} at once" if count > 1 else "one picture")
+        for name in ("before", "after"):
+            line = found[name]
+            parts = ", ".join(f"{part} {1000 * seconds:.1f} ms" for part, seconds in line["parts"].items())
+            print(f"  {line['stage']:<11}{line['steps']:>3} steps{', guided' if line['guidance'] != 1 else '':<8}{line['median']:>8.3f} s   ({parts})")
+        print(f"  step distillation: {found['ratio']:.1f} times as fast")
     costs = paper_training()
     print(f"training it at the paper's size, a sample of 1024 pixels: {costs['heads_turn_macs'] / 1e12:.0f} TMACs in the heads' turn, {costs['students_turn_macs'] / 1e12:.0f} in the student's;")
     print(f"{costs['state_bytes'] / 2**30:.0f} GiB for weights and optimisers, and {costs['activation_bytes'] / 2**30:.1f} GiB of activations a sample without checkpointing")
