@@ -16,7 +16,7 @@ from .latents import decode
 from .pipeline import SnapGenPipeline, load
 from .profile import count_parameters
 from .scales import SAMPLING
-from .stages.distilled import BLOCKS, at_depths
+from .stages.distilled import BLOCKS, NOISED, STEPS, at_depths
 from .teachers import Teacher
 
 PROMPT = "a red car left of a dog"
@@ -44,7 +44,7 @@ class Pictures:
 
 
 @torch.no_grad()
-def time_pictures(scale: str, runs: int, count: int = 1) -> dict:
+def time_pictures(scale: str, runs: int, count: int = 1, progress: bool = True) -> dict:
     """Seconds of `count` pictures before and after step distillation, end to end and by part. The two take turns, so that a
     machine whose speed changes does it to both; `ratio` is the median of before over after."""
     pictures = {name: Pictures(load(scale, stage, decoder="tiny"), count) for name, stage in STAGES.items()}
@@ -53,7 +53,7 @@ def time_pictures(scale: str, runs: int, count: int = 1) -> dict:
     parts: dict[str, dict[str, list[float]]] = {name: {part: [] for part in named} for name, named in calls.items()}
     for picture in pictures.values():
         picture()  # the first one takes memory
-    for _ in tqdm(range(runs), desc="pictures", unit="round", leave=False):
+    for _ in tqdm(range(runs), desc="pictures", unit="round", leave=False, disable=not progress):
         for name, picture in pictures.items():
             seconds[name] += timed(picture, 1, picture.pipe.device)
             for part, call in calls[name].items():
@@ -82,9 +82,9 @@ class Judged(nn.Module):
 def paper_training(text_tokens: int = 333) -> dict[str, float]:
     """MACs and bytes of stage `distilled` at 1024 pixels with a teacher of SD3.5-Large's shape, counted on meta tensors.
 
-    Heads' turn: the student's guess, and the teacher's features of guess and data, forward alone. Student's turn: the student
-    forward and backward (twice the MACs of forward), the teacher's answer, and the teacher's features forward and backward (to
-    its inputs alone: once the MACs). `state_bytes`: student and heads in fp32 with gradients, two moments and the average;
+    Heads' turn: the student's way to x_t, its guess, and the teacher's features of guess and data, forward alone. Student's
+    turn: its way to x_t, the student forward and backward (twice the MACs of forward), the teacher's answer, and the teacher's
+    features forward and backward (to its inputs alone: once the MACs). `state_bytes`: student and heads in fp32 with gradients, two moments and the average;
     teacher and text encoders in bf16.
     """
     costs = paper_costs(teacher_tokens=text_tokens)
@@ -96,10 +96,11 @@ def paper_training(text_tokens: int = 333) -> dict[str, float]:
         judging = saved_bytes(judged, x=noised, sigma=torch.empty(1), **text)
         heads = count_parameters(judged.judge)
     student, teacher = costs["student_macs"], costs["teacher_macs"]
+    way = (1 - 1 / NOISED) * (STEPS - 1) / 2 * student  # 0 to STEPS - 1 steps of its own, none where data are noised
     return {
         "heads_parameters": heads,
-        "heads_turn_macs": student + 2 * teacher,
-        "students_turn_macs": 3 * student + 3 * teacher,
+        "heads_turn_macs": way + student + 2 * teacher,
+        "students_turn_macs": way + 3 * student + 3 * teacher,
         "state_bytes": 4 * 5 * (costs["student_parameters"] + heads) + 2 * (costs["teacher_parameters"] + sum(TEXT_ENCODERS.values())),
         "activation_bytes": costs["task_activation_bytes"] + judging,
     }

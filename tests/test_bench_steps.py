@@ -32,7 +32,8 @@ def test_both_ways_draw_as_their_stages_do_and_take_turns(monkeypatch):
 def test_costs_at_the_papers_size():
     costs = bench_steps.paper_training()
     kd = paper_costs()
-    assert costs["students_turn_macs"] == 3 * kd["student_macs"] + 3 * kd["teacher_macs"] > costs["heads_turn_macs"]
+    # In a round of sixteen samples twelve are on the student's own run: three each have come 0, 1, 2 and 3 steps.
+    assert costs["students_turn_macs"] == (3 + 18 / 16) * kd["student_macs"] + 3 * kd["teacher_macs"] > costs["heads_turn_macs"]
     # 38 blocks keep at least the inputs of their big matrices: queries, keys, values, outputs and the MLP's 4 D, for 4096 tokens in 16 bits.
     least = 38 * 4096 * 2432 * 2 * 8
     assert least < costs["activation_bytes"] - kd["task_activation_bytes"] < 4 * least

@@ -3,9 +3,9 @@
 Two players take turns. The discriminator's heads learn to tell noisy latents made from data from those made from the
 student's guesses; the student learns to be taken for data, and beside that Eq. 7 with the few-step teacher.
 
-The data are latents that the few-step teacher has drawn itself, as in LADD, which the paper follows [Sauer et al. 2024]. Scenes
-would have the task loss pull the middle steps, where lambda(t) leaves them to it, towards what captions mean without guidance;
-and guidance is what the student has to do without from here on.
+The data are latents drawn by a teacher, as in LADD, which the paper follows [Sauer et al. 2024]; ours are the few-step teacher's.
+Scenes would have the task loss, which has most of the weight in the middle steps (Eq. 7), pull these towards what captions mean
+without guidance; and guidance is what the student has to do without from here on.
 
 One decision goes beyond the paper's text, which does not say where x_t comes from in this step. Only a part of a batch are noised
 data; for the rest the student runs from pure noise to the level t by itself, for there it will have to go on when it draws
@@ -47,7 +47,7 @@ DRAWN = 8192  # latents to learn from
 TURNS = 4  # of so many steps the first one is the heads', the others are the student's
 NOISED = 4  # of so many samples at each level one is noised data, the others are places on the student's own run
 BLOCKS = (1, 3, 5)  # of the few-step teacher's twin; at other scales as many at the same depths
-PENALTY = 0.0  # weight of R1
+PENALTY = 0.0  # weight of R1, for a judge that wins; ours is far from that
 WATCHED = ("a dog", "three apples", "a purple elephant", "a crown above a penguin", "a green car and a yellow hat")  # drawn along the training
 PARTS = ("adversarial", "kd")  # of the student's objective; --only trains with one of them
 
