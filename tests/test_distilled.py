@@ -1,14 +1,18 @@
 """Stage `distilled`: whose turn reaches what, guesses noised again and judged beside the data, turns resumed."""
 
+import math
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from snapgen_core import flow
 from snapgen_core.adversarial import discriminator_loss
 from snapgen_core.diagnostics import concerns
 from snapgen_core.distill import output_loss, scaled
+from snapgen_core.errors import UserError
 from snapgen_core.files import read_jsonl
 from snapgen_core.latents import load_autoencoder
 from snapgen_core.paths import checkpoint_dir
@@ -19,6 +23,7 @@ from snapgen_core.stages.distilled import STEPS, DistilledStage
 from snapgen_core.teachers import StoredText, drawn_latents, load_teacher, sample, save_reference
 from snapgen_core.text import load_text_encoders
 from snapgen_core.train import train
+from snapgen_core.train.checkpoints import checkpoints
 from snapgen_core.weights import save_half
 from few_scenes import CAPTIONS, FewScenes
 
@@ -197,3 +202,14 @@ def test_stop_and_resume_in_either_turn_equals_one_run(stage, tmp_path, halt):
     train(stage(), tmp_path / "parts", steps=4, progress=False)
     whole, parts = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "parts"))
     assert whole == parts
+
+
+@pytest.mark.parametrize(("step", "first"), [(4, "judge"), (2, "task")], ids=["in the heads' turn", "in the student's"])
+def test_a_nan_in_either_loss_stops_and_keeps_the_last_good_checkpoint(stage, tmp_path, step, first):
+    made = stage()
+    batch = made.batch
+    made.batch = lambda number, *place: {name: value * math.nan if name == "eps" and number == step else value for name, value in batch(number, *place).items()}
+    with pytest.raises(UserError, match=f"not finite at step {step + 1}: loss nan, {first} nan"):
+        train(made, tmp_path, steps=6, save_every=0, progress=False)
+    assert checkpoints(tmp_path)[-1].name == f"step-{step:08d}"
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoints(tmp_path)[-1] / "state.safetensors").values())
