@@ -21,6 +21,7 @@ from .teachers import Teacher
 
 PROMPT = "a red car left of a dog"
 COUNTS = (1, 8)  # pictures at once
+FLOPS = 0.4 * 312e12  # an A100's in bf16 at a usual share of its peak: assumed, for the estimate of a step's time
 STAGES = {"before": "kd", "after": "distilled"}
 
 
@@ -84,8 +85,8 @@ def paper_training(text_tokens: int = 333) -> dict[str, float]:
 
     Heads' turn: the student's way to x_t, its guess, and the teacher's features of guess and data, forward alone. Student's
     turn: its way to x_t, the student forward and backward (twice the MACs of forward), the teacher's answer, and the teacher's
-    features forward and backward (to its inputs alone: once the MACs). `state_bytes`: student and heads in fp32 with gradients, two moments and the average;
-    teacher and text encoders in bf16.
+    features forward and backward (to its inputs alone: once the MACs). `state_bytes`: student and heads in fp32 with gradients,
+    two moments and the average; teacher and text encoders in bf16. Both turns' `seconds` of a sample are those of their MACs at FLOPS.
     """
     costs = paper_costs(teacher_tokens=text_tokens)
     with torch.device("meta"):
@@ -97,10 +98,11 @@ def paper_training(text_tokens: int = 333) -> dict[str, float]:
         heads = count_parameters(judged.judge)
     student, teacher = costs["student_macs"], costs["teacher_macs"]
     way = (1 - 1 / NOISED) * (STEPS - 1) / 2 * student  # 0 to STEPS - 1 steps of its own, none where data are noised
+    turns = {"heads_turn": way + student + 2 * teacher, "students_turn": way + 3 * student + 3 * teacher}
     return {
         "heads_parameters": heads,
-        "heads_turn_macs": way + student + 2 * teacher,
-        "students_turn_macs": way + 3 * student + 3 * teacher,
+        **{f"{turn}_macs": macs for turn, macs in turns.items()},
+        **{f"{turn}_seconds": 2 * macs / FLOPS for turn, macs in turns.items()},
         "state_bytes": 4 * 5 * (costs["student_parameters"] + heads) + 2 * (costs["teacher_parameters"] + sum(TEXT_ENCODERS.values())),
         "activation_bytes": costs["task_activation_bytes"] + judging,
     }

@@ -125,8 +125,10 @@ def _bench_steps(args: argparse.Namespace) -> int:
             print(f"  {line['stage']:<11}{line['steps']:>3} steps{', guided' if line['guidance'] != 1 else '':<8}{line['median']:>8.3f} s   ({parts})")
         print(f"  step distillation: {found['ratio']:.1f} times as fast")
     costs = paper_training()
-    print(f"training it at the paper's size, a sample of 1024 pixels: {costs['heads_turn_macs'] / 1e12:.0f} TMACs in the heads' turn, {costs['students_turn_macs'] / 1e12:.0f} in the student's;")
-    print(f"{costs['state_bytes'] / 2**30:.0f} GiB for weights and optimisers, and {costs['activation_bytes'] / 2**30:.1f} GiB of activations a sample without checkpointing")
+    print("training it at the paper's size, counted for a sample of 1024 pixels:")
+    for turn, who in (("heads_turn", "the heads' turn"), ("students_turn", "the student's turn")):
+        print(f"  {who:<20}{costs[f'{turn}_macs'] / 1e12:>4.0f} TMACs, {costs[f'{turn}_seconds']:.2f} s at 40% of an A100's peak")
+    print(f"  memory: {costs['state_bytes'] / 2**30:.0f} GiB for weights and optimisers, {costs['activation_bytes'] / 2**30:.1f} GiB of activations a sample without checkpointing")
     if args.json:
         write_json(args.json, {**_facts(args), "scale": args.scale, "pictures": times, "paper": costs})
     return 0
