@@ -82,7 +82,7 @@ def test_choices_are_the_librarys():
     from snapgen_core.stages import STAGES
 
     assert cli.TRAIN_STAGES == tuple(STAGES)
-    assert cli.BENCHMARKS == (*BENCHMARKS, "kd", "export")
+    assert cli.BENCHMARKS == (*BENCHMARKS, "kd", "steps", "export")
     assert all("{" + ",".join(SCALE_NAMES) + "}" in cli.build_parser()._subparsers._group_actions[0].choices[name].format_help() for name in COMMANDS)
 
 
