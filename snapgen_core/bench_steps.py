@@ -8,7 +8,6 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adversarial import LatentDiscriminator
 from .bench import timed
 from .bench_kd import SD35_LARGE, TEXT_ENCODERS, paper_costs, saved_bytes
 from .devices import best_device
@@ -16,7 +15,7 @@ from .latents import decode
 from .pipeline import SnapGenPipeline, load
 from .profile import count_parameters
 from .scales import SAMPLING
-from .stages.distilled import BLOCKS, NOISED, STEPS, at_depths
+from .stages.distilled import NOISED_EVERY, STEPS, discriminator_on
 from .teachers import Teacher
 
 PROMPT = "a red car left of a dog"
@@ -73,8 +72,7 @@ class Judged(nn.Module):
     def __init__(self, teacher: Teacher):
         super().__init__()
         self.teacher = teacher
-        held = teacher.transformer.config
-        self.judge = LatentDiscriminator(teacher.block_features, teacher.transformer.inner_dim, held.pooled_projection_dim, at_depths(BLOCKS, held.num_layers))
+        self.judge = discriminator_on(teacher)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         return self.judge(**inputs)
@@ -97,7 +95,7 @@ def paper_training(text_tokens: int = 333) -> dict[str, float]:
         judging = saved_bytes(judged, x=noised, sigma=torch.empty(1), **text)
         heads = count_parameters(judged.judge)
     student, teacher = costs["student_macs"], costs["teacher_macs"]
-    way = (1 - 1 / NOISED) * (STEPS - 1) / 2 * student  # 0 to STEPS - 1 steps of its own, none where data are noised
+    way = (1 - 1 / NOISED_EVERY) * (STEPS - 1) / 2 * student  # 0 to STEPS - 1 steps of its own, none where data are noised
     turns = {"heads_turn": way + student + 2 * teacher, "students_turn": way + 3 * student + 3 * teacher}
     return {
         "heads_parameters": heads,

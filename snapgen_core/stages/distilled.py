@@ -35,7 +35,7 @@ from ..files import append_jsonl, atomic_write, read_jsonl
 from ..paths import cache_dir, checkpoint_dir
 from ..pipeline import build, load_unet
 from ..scales import get_scale
-from ..teachers import StoredText, drawn_latents, load_teacher
+from ..teachers import StoredText, Teacher, drawn_latents, load_teacher
 from ..train import TrainSettings, step_generator, trim_log
 from ..unet import SnapGenUNet
 from ..weights import save_half
@@ -44,8 +44,8 @@ from .kd import TaughtStage
 
 STEPS = 4  # of the student, and of its teacher
 DRAWN = 8192  # latents to learn from
-TURNS = 4  # of so many steps the first one is the heads', the others are the student's
-NOISED = 4  # of so many samples at each level one is noised data, the others are places on the student's own run
+HEADS_EVERY = 4  # of so many steps the first one is the heads', the others are the student's
+NOISED_EVERY = 4  # of so many samples at each level one is noised data, the others are places on the student's own run
 BLOCKS = (1, 3, 5)  # of the few-step teacher's twin; at other scales as many at the same depths
 PENALTY = 0.0  # weight of R1, for a judge that wins; ours is far from that
 WATCHED = ("a dog", "three apples", "a purple elephant", "a crown above a penguin", "a green car and a yellow hat")  # drawn along the training
@@ -120,9 +120,11 @@ class DistilledTraining(nn.Module):
         return loss, figures | {name: term.detach() for name, term in terms.items()} | {f"{name}_pull": pull.norm() for name, pull in pulls.items()}
 
 
-def at_depths(blocks: tuple[int, ...], layers: int) -> list[int]:
-    """Blocks of the tiny twin as those at the same depths of a teacher with so many layers."""
-    return [(block + 1) * layers // get_scale("tiny").teacher["num_layers"] - 1 for block in blocks]
+def discriminator_on(teacher: Teacher) -> LatentDiscriminator:
+    """New heads on `teacher`'s blocks, at the depths of BLOCKS in the tiny twin."""
+    held, depth = teacher.transformer.config, get_scale("tiny").teacher["num_layers"]
+    blocks = [(block + 1) * held.num_layers // depth - 1 for block in BLOCKS]
+    return LatentDiscriminator(teacher.block_features, teacher.transformer.inner_dim, held.pooled_projection_dim, blocks)
 
 
 def by_level(name: str, logits: Tensor, below: Tensor) -> dict[str, Tensor]:
@@ -147,11 +149,9 @@ class DistilledStage(TaughtStage):
         options = {"teacher": teacher, "only": only, "t5": t5 if t5 == "no" else None}
         self.options = {name: str(value) for name, value in options.items() if value is not None}
         self.teacher, self.text = load_teacher(scale, teacher, t5 != "no", few_steps=True)
-        held = self.teacher.transformer.config
         torch.manual_seed(seed)
         unet = load_unet(checkpoint_dir(scale) / "kd")
-        discriminator = LatentDiscriminator(self.teacher.block_features, self.teacher.transformer.inner_dim, held.pooled_projection_dim, at_depths(BLOCKS, held.num_layers))
-        self.module = DistilledTraining(unet, discriminator, self.ask, get_scale(scale).shift, PARTS if only is None else (only,)).to(memory_format=torch.channels_last)
+        self.module = DistilledTraining(unet, discriminator_on(self.teacher), self.ask, get_scale(scale).shift, PARTS if only is None else (only,)).to(memory_format=torch.channels_last)
         self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, rates=(("discriminator.", 3e-3),), turns=True, steps=3_000, cooldown=1 / 2)
 
     @cached_property
@@ -170,7 +170,7 @@ class DistilledStage(TaughtStage):
         return self.latents[rows].to(generator.device).float(), StoredText(self.data.embeddings)(prompts)[0], prompts
 
     def heads_turn(self, step: int) -> bool:
-        return "adversarial" in self.module.parts and step % TURNS == 0
+        return "adversarial" in self.module.parts and step % HEADS_EVERY == 0
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         generator, count = step_generator(self.seed, step, rank, best_device()), self.settings.batch_size // world
@@ -179,7 +179,7 @@ class DistilledStage(TaughtStage):
         sigmas = flow.inference_sigmas(STEPS, get_scale(self.scale).shift).to(x0.device)
         number = torch.arange(count, device=x0.device)
         level = number % STEPS  # as many samples at every level
-        batch = {"x0": x0, "context": context, "sigma": sigmas[level], "below": sigmas[level + 1], "own": number // STEPS % NOISED != 0, **noises}
+        batch = {"x0": x0, "context": context, "sigma": sigmas[level], "below": sigmas[level + 1], "own": number // STEPS % NOISED_EVERY != 0, **noises}
         teachers_context, pooled = self.text(prompts)
         batch |= {"teachers_context": teachers_context, "pooled": pooled, "heads_turn": torch.tensor([self.heads_turn(step)])}
         if not batch["heads_turn"]:
