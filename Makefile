@@ -26,7 +26,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test lab demo checkpoints kdtable clean FORCE
+.PHONY: help venv run test lab demo checkpoints kdtable fewsteps clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,15 @@ exports/results/kd/%.json: | $(STAMP)
 	@mkdir -p $(@D)
 	$(BIN)/snapgen train kd --seed $(lastword $(subst -, ,$*)) --steps $(KD_STEPS) --rate $(KD_RATE) --no-score --run-dir exports/runs/tiny/kd-$* $(KD_$(firstword $(subst -, ,$*)))
 	$(BIN)/snapgen evaluate --stage kd --checkpoint exports/runs/tiny/kd-$*/weights/kd --images 100 --json $@
+
+# The short runs behind notebook 05's ablation: 300 turns of the student each. A run that has its result is not run again.
+FEW_kd := --only kd --steps 300
+FEW_adversarial := --only adversarial --steps 400
+FEW_both := --steps 400
+fewsteps: $(foreach part,kd adversarial both,exports/results/few-steps-only-$(part).json) ## train and score the runs behind notebook 05's ablation
+exports/results/few-steps-only-%.json: | $(STAMP)
+	$(BIN)/snapgen train distilled $(FEW_$*) --no-score --run-dir exports/runs/tiny/distilled-only-$*
+	$(BIN)/snapgen evaluate --stage distilled --checkpoint exports/runs/tiny/distilled-only-$*/weights/distilled --images 50 --variety --json $@
 
 clean: ## remove .venv and caches (never shipped data nor training runs)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache data/cache exports/runs/notebooks
