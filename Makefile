@@ -13,8 +13,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3.13 python3; do \
 endif
 TORCH ?= $(or $(shell cat $(VENV)/torch.txt 2>/dev/null),torch==2.13.0)
 MINUTES ?= 30
-KD_STEPS ?= 300
-KD_RATE ?= 1e-3
+KD_STEPS ?= 1000
 STAGES := autoencoder decoder decoder_norms photo_autoencoder photo_decoder text detector base teacher kd turbo distilled
 
 # More torch threads than cores make everything many times slower.
@@ -62,7 +61,7 @@ KD_RUNS := $(foreach seed,0 1 2,$(foreach row,task scaled constant output featur
 kdtable: $(KD_RUNS) ## train and score the runs behind notebook 04's table, KD_STEPS each
 exports/results/kd/%.json: | $(STAMP)
 	@mkdir -p $(@D)
-	$(BIN)/snapgen train kd --seed $(lastword $(subst -, ,$*)) --steps $(KD_STEPS) --rate $(KD_RATE) --no-score --run-dir exports/runs/tiny/kd-$* $(KD_$(firstword $(subst -, ,$*)))
+	$(BIN)/snapgen train kd --seed $(lastword $(subst -, ,$*)) --steps $(KD_STEPS) --no-score --run-dir exports/runs/tiny/kd-$* $(KD_$(firstword $(subst -, ,$*)))
 	$(BIN)/snapgen evaluate --stage kd --checkpoint exports/runs/tiny/kd-$*/weights/kd --images 100 --json $@
 
 # The short runs behind notebook 05's ablation: 300 turns of the student each. A run that has its result is not run again.

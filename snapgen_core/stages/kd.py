@@ -124,7 +124,7 @@ class KdStage(TaughtStage):
             width, *size = self.teacher.feature_size(get_scale(scale).latent_size)
             projector = Projector(unet.config.channels[-1], width, tuple(size))
         self.module = KdTraining(unet, projector, get_scale(scale).shift, weights).to(memory_format=torch.channels_last)
-        self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, steps=5_000)
+        self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, cooldown=0.5, steps=5_000)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         index = step % self.stored if self.stored else step
