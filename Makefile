@@ -35,8 +35,9 @@ venv: $(STAMP) ## create .venv and install the package with everything it needs
 run: $(STAMP) ## run the notebooks and draw the first pictures
 	$(BIN)/snapgen run
 
+# As many workers as cores, each with one thread: a test's small networks gain little from a second one.
 test: $(STAMP) ## run all tests, then every notebook against its committed outputs
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(OMP_NUM_THREADS) --dist loadfile
 	$(BIN)/python -m pytest notebooks --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 600
 
 lab: $(STAMP) ## open the notebooks in JupyterLab

@@ -4,9 +4,10 @@ Losses are kept for each sample, [B], until the very end: every sample has a tim
 As in `flow.flow_matching_loss` the norms are means over elements, which only rescales a loss; Eq. 7 takes the scale of a
 distillation loss out again.
 
-Three readings are ours, where the paper leaves room. In Eq. 7, t is the timestep before the time shift, the one that is
-logit-normal; and the magnitudes in the ratio are mean losses at t, as Fig. 6 shows them, estimated from the batch. In Eq. 5,
-the "last layer" of a UNet is the last transformer of its lowest resolution, where most of its transformers are.
+Four readings are ours, where the paper leaves room. In Eq. 7, t is the timestep before the time shift, the one that is
+logit-normal; its "normalized" density is the one whose maximum is 1; and the magnitudes in the ratio are mean losses at t, as
+Fig. 6 shows them, estimated from the samples that a process has. In Eq. 5, the "last layer" of a UNet is the last transformer
+of its lowest resolution, where most of its transformers are.
 """
 
 import torch
@@ -67,7 +68,7 @@ def mean_near(losses: Tensor, t: Tensor, width: float = 0.5) -> Tensor:
     """
     place = torch.logit(t.clamp(1e-6, 1 - 1e-6))
     near = torch.softmax(-(place[:, None] - place).square() / (2 * width**2), dim=1)  # (B, B), rows sum to 1
-    return near.to(losses.dtype) @ losses
+    return (near * losses).sum(dim=1)  # not a matrix product, which autocast would round to 16 bits
 
 
 def scaled(task: Tensor, distillation: Tensor, t: Tensor) -> Tensor:

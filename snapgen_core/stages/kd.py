@@ -47,22 +47,23 @@ class KdTraining(nn.Module):
         self._features = output
 
     def losses(self, x0: Tensor, eps: Tensor, sigma: Tensor, context: Tensor, velocity: Tensor | None = None, features: Tensor | None = None) -> dict[str, Tensor]:
-        """Eq. 2, 4 and 5 of each sample, [B]; those without a teacher's part are zeros."""
+        """Eq. 2, 4 and 5 of each sample, [B]: those for which there are a teacher's answer and a projector."""
         v = self.unet(flow.interpolate(x0, eps, sigma), flow.TIMESTEPS * sigma, context).sample
         student_features = self.__dict__.pop("_features")
-        task = flow.flow_matching_loss(v, x0, eps)
-        return {
-            "task": task,
-            "output": torch.zeros_like(task) if velocity is None else output_loss(velocity.float(), v.float()),
-            "features": torch.zeros_like(task) if self.projector is None else feature_loss(features.float(), self.projector(student_features).float()),
-        }
+        losses = {"task": flow.flow_matching_loss(v, x0, eps)}
+        if velocity is not None:
+            losses["output"] = output_loss(velocity.float(), v.float())
+        if self.projector is not None:
+            losses["features"] = feature_loss(features.float(), self.projector(student_features).float())
+        return losses
 
     def forward(self, sigma: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.losses(sigma=sigma, **batch)
         if self.weights is None:
             loss = multi_level(losses["task"], losses["output"], losses["features"], flow.unshift(sigma, self.shift))
         else:
-            loss = constant_weights(losses["task"], losses["output"], losses["features"], *self.weights)
+            none = torch.zeros_like(losses["task"])
+            loss = constant_weights(losses["task"], losses.get("output", none), losses.get("features", none), *self.weights)
         return loss, {name: value.detach().mean() for name, value in losses.items()}
 
 
@@ -124,7 +125,8 @@ class KdStage(TaughtStage):
             width, *size = self.teacher.feature_size(get_scale(scale).latent_size)
             projector = Projector(unet.config.channels[-1], width, tuple(size))
         self.module = KdTraining(unet, projector, get_scale(scale).shift, weights).to(memory_format=torch.channels_last)
-        self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, cooldown=0.5, steps=5_000)
+        # Gradients are not clipped: Eq. 6 and 8 sum to losses of different size, and a bound would hold back some and not others.
+        self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, clip_norm=None, cooldown=0.5, steps=5_000)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         index = step % self.stored if self.stored else step
