@@ -36,6 +36,11 @@ class Projector(ModelMixin, ConfigMixin):
         self.conv1 = nn.Conv2d(student_channels, student_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(student_channels, teacher_channels, 1)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, D, H, W): from the student's channels to the teacher's features."""
+        return self.config.student_channels, self.config.teacher_channels, *self.config.size
+
     def forward(self, features: Tensor) -> Tensor:
         x = F.silu(self.conv1(features))
         if tuple(x.shape[2:]) != tuple(self.config.size):

@@ -78,6 +78,18 @@ def test_evaluate_prints_and_writes_the_same_figures(home, calls, capfd):
     assert written["command"] == shlex.join(["snapgen", *arguments]) and "commit" in written
 
 
+def test_evaluate_tells_which_training_made_a_checkpoint(home, calls):
+    training = {"command": "snapgen train kd", "commit": "abc", "steps": 7, "samples": 448, "minutes": 0.1, "device": "cpu"}
+    weights = home / "run" / "weights" / "kd"
+    weights.mkdir(parents=True)
+    (home / "run" / "result.json").write_text(json.dumps(training | {"losses": [1.0]}))
+    assert main(["evaluate", "--checkpoint", str(weights), "--json", "figures.json"]) == 0
+    assert json.loads((home / "figures.json").read_text())["training"] == training
+    (home / "run" / "result.json").unlink()
+    assert main(["evaluate", "--checkpoint", str(weights), "--json", "figures.json"]) == 0
+    assert json.loads((home / "figures.json").read_text())["training"] == {}
+
+
 def test_only_students_are_squeezed(home, calls, capfd):
     assert main(["evaluate", "--bits", "4.3"]) == 0 and calls[-1][-1] == 4.3
     assert main(["evaluate", "--stage", "teacher", "--bits", "4.3"]) == 2

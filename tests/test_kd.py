@@ -1,6 +1,8 @@
 """Stage `kd`: where each loss reaches, what the teacher is asked, answers kept on disk, resume with the projector."""
 
 import json
+import os
+import signal
 from functools import partial
 
 import pytest
@@ -186,14 +188,45 @@ def test_answers_of_another_teacher_or_seed_are_never_mixed_up(stage, teacher_fo
 @pytest.mark.parametrize("constant", [None, "1,0", "0,0"])
 def test_stop_and_resume_equals_one_run(stage, tmp_path, constant):
     """Projector and its moments included."""
-    whole = train(stage(constant=constant), tmp_path / "whole", steps=3, progress=False)
-    train(stage(constant=constant), tmp_path / "halves", steps=1, progress=False)
-    halves = train(stage(constant=constant), tmp_path / "halves", steps=3, progress=False)
+    def made():
+        new = stage(constant=constant, **{} if constant == "0,0" else {"stored": 2})
+        object.__setattr__(new.settings, "warmup_steps", 1)  # so that the rate falls in the last step, after the stop
+        return new
+
+    whole = train(made(), tmp_path / "whole", steps=3, progress=False)
+    stopped = made()
+    draw = stopped.batch
+    stopped.batch = lambda step, *place: (step == 1 and os.kill(os.getpid(), signal.SIGTERM)) or draw(step, *place)
+    with pytest.raises(KeyboardInterrupt, match="after step 2"):
+        train(stopped, tmp_path / "halves", steps=3, progress=False)
+    halves = train(made(), tmp_path / "halves", steps=3, progress=False)
     a, b = load_file(whole), load_file(halves)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert any(name.startswith("projector.") for name in a) == (constant is None)
     held = load_file(next((tmp_path / "whole" / "checkpoints").glob("*3/state.safetensors")))
     assert ("optimizer.projector.conv2.weight.exp_avg" in held) == (constant is None)
+
+
+def test_all_rows_of_the_table_see_the_same_samples(stage):
+    rows = [stage(constant="0,0"), stage(constant="1,0", stored=5), stage(constant="1,0.03", stored=5), stage(stored=5)]
+    for step in (0, 3):
+        first, *others = (row.batch(step) for row in rows)
+        assert all(torch.equal(other[name], value) for other in others for name, value in first.items())
+
+
+def test_answers_that_do_not_fit_on_the_disk_are_refused(stage, monkeypatch):
+    made = stage(stored=10**9)
+    monkeypatch.setattr(kd, "load_detector", lambda: None)
+    with pytest.raises(UserError, match=r"the teacher's answers to 1000000000 batches take up to [\d,.]+ GiB, and .* GiB left: store fewer"):
+        made.prepare()
+
+
+def test_a_projector_of_another_training_is_refused(stage, tmp_path):
+    stage().save(tmp_path)
+    for name in ("kd", "kd_projector"):
+        (tmp_path / name / "training.json").write_text(name)
+    with pytest.raises(UserError, match="another training than the student"):
+        stage().load(tmp_path)
 
 
 def test_without_a_teacher_it_is_the_task_alone(stage, monkeypatch):
@@ -254,6 +287,10 @@ def test_16_bits_of_the_teacher_beside_32_of_the_student():
     """Answers as SD3.5 gives them, and training under autocast as on a GPU."""
     module, batch = training(), random_batch()
     plain = module(**batch)[0]
+    losses, t = {name: value.detach() for name, value in module.losses(**batch).items()}, flow.unshift(batch["sigma"])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = scaled(losses["task"], losses["output"], t)
+    assert inside.item() == pytest.approx(scaled(losses["task"], losses["output"], t).item(), rel=1e-6)
     batch |= {name: batch[name].bfloat16() for name in ("velocity", "features")}
     with torch.autocast("cpu", torch.bfloat16):
         loss, figures = module(**batch)

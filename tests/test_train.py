@@ -291,7 +291,27 @@ def test_the_rate_warms_up_and_cools_down(tmp_path):
     train(stage, tmp_path / "whole", steps=20, progress=False)
     for name, tensor in hand.state_dict().items():
         assert torch.allclose(stage.module.state_dict()[name], tensor, rtol=1e-5, atol=1e-7), name
+    stopped = LineStage(ema_decay=0.0, warmup_steps=4, cooldown=0.5, clip_norm=None)
+    draw = stopped.batch
+    stopped.batch = lambda step, *place: (step == 14 and os.kill(os.getpid(), signal.SIGTERM)) or draw(step, *place)
+    with pytest.raises(KeyboardInterrupt, match="after step 15"):
+        train(stopped, tmp_path / "stopped", steps=20, progress=False)
+    again = LineStage(ema_decay=0.0, warmup_steps=4, cooldown=0.5, clip_norm=None)
+    train(again, tmp_path / "stopped", steps=20, progress=False)
+    assert all(torch.equal(tensor, again.module.state_dict()[name]) for name, tensor in stage.module.state_dict().items())
     assert [TrainSettings(16, 1.0, cooldown=0.5, warmup_steps=1).share_of_rate(step, 10**9) for step in (0, 10**6)] == [1, 1]
+
+
+def test_a_run_by_the_clock_does_not_cool_down_and_its_command_says_so(tmp_path):
+    stage = LineStage(cooldown=0.5, pause=0.01)
+    train(stage, tmp_path, minutes=0.01, progress=False)
+    assert json.loads((tmp_path / "result.json").read_text())["command"] == "snapgen train line --scale tiny --seed 0 --minutes 0.0"
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 3)
+    with pytest.raises(UserError, match="a batch of 16 cannot be shared by 3 processes: give --batch a multiple of 3"):
+        train(LineStage(), tmp_path, steps=2, progress=False)
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):

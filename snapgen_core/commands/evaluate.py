@@ -34,6 +34,7 @@ def evaluate(args: argparse.Namespace) -> int:
     quiet_libraries(args.scale)
 
     from .. import evaluate as scoring
+    from ..train.records import training_of
 
     figures = scoring.evaluate_stage(args.scale, stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint, args.decoder, args.variety, args.bits)
     table = list(rows(figures))
@@ -42,5 +43,6 @@ def evaluate(args: argparse.Namespace) -> int:
         print(f"{name:<{width}}  {value}")
     if args.json:
         command = shlex.join(["snapgen", *args.argv])
-        write_json(args.json, {"command": command, "commit": git_commit(), "date": now(), **figures})
+        training = {"training": training_of(args.checkpoint)} if args.checkpoint else {}
+        write_json(args.json, {"command": command, "commit": git_commit(), "date": now(), **training, **figures})
     return 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 from functools import cached_property
 from pathlib import Path
 
@@ -128,6 +129,17 @@ class KdStage(TaughtStage):
         # Gradients are not clipped: Eq. 6 and 8 sum to losses of different size, and a bound would hold back some and not others.
         self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, clip_norm=None, cooldown=0.5, steps=5_000)
 
+    def prepare(self) -> None:
+        super().prepare()
+        if self.stored:
+            folder = cache_dir(self.scale)
+            folder.mkdir(parents=True, exist_ok=True)
+            config = get_scale(self.scale)
+            numbers = math.prod(self.teacher.feature_size(config.latent_size)) + config.latent_channels * config.latent_size**2
+            size, free = 2 * numbers * self.settings.batch_size * self.stored / 2**30, shutil.disk_usage(folder).free / 2**30
+            if size > free:
+                raise UserError(f"the teacher's answers to {self.stored} batches take up to {size:,.1f} GiB, and {folder} has {free:,.1f} GiB left: store fewer")
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         index = step % self.stored if self.stored else step
         batch, prompts = self.drawn(index, self.settings.batch_size // world, rank)
@@ -198,9 +210,16 @@ class KdStage(TaughtStage):
         self.module.unet.load_state_dict(load_unet(root / "kd").state_dict())
         if self.module.projector is not None:
             projector = load_model(Projector, root / "kd_projector", "the projector of stage kd")
-            if [p.shape for p in projector.parameters()] != [p.shape for p in self.module.projector.parameters()]:
+            if projector.shape != self.module.projector.shape:
                 raise UserError("the shipped projector belongs to another teacher's features: train without --warm-start")
+            if _card(root / "kd_projector") != _card(root / "kd"):
+                raise UserError("the shipped projector comes from another training than the student: train without --warm-start")
             self.module.projector.load_state_dict(projector.state_dict())
+
+
+def _card(folder: Path) -> str | None:
+    card = folder / "training.json"
+    return card.read_text("utf-8") if card.is_file() else None
 
 
 def parse_weights(text: str) -> tuple[float, float]:

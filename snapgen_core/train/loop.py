@@ -2,8 +2,9 @@
 
 The loop knows no stage. A stage brings a module whose forward returns its loss, and batches that are a pure function
 of (seed, step): all randomness (noise, timesteps, dropout of encoders) is drawn there. So weights, EMA, optimiser
-moments and the step number are the whole state, and on a CPU a resumed run ends with the same bits as an
-uninterrupted one (many of a GPU's kernels do not add in a fixed order).
+moments and the step number are the whole state, and on a CPU a run resumed by its own command ends with the same bits as
+an uninterrupted one (many of a GPU's kernels do not add in a fixed order). With more steps than it began with, a run that
+has cooled down is warmed again.
 """
 
 import math
@@ -87,6 +88,8 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no", kwargs_handlers=[parallel])
     rank, world = accelerator.process_index, accelerator.num_processes
     identity = {"stage": stage.name, "scale": stage.scale, "seed": stage.seed, "world": world, "batch_size": settings.batch_size, **stage.options}
+    if settings.batch_size % world:
+        raise UserError(f"a batch of {settings.batch_size} cannot be shared by {world} processes: give --batch a multiple of {world}")
     total = steps if steps is not None else (10**9 if minutes is not None else settings.steps)
 
     resumed = load_checkpoint(run_dir, identity)
@@ -120,7 +123,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
 
     if step == 0 and accelerator.is_main_process:
         watch(run_dir, step, ema.state)
-    stop = False
+    stop = interrupted = False
     with _stop_signals() as stopped, bar:
         while step < total and not stop:
             for group in optimizer.param_groups:
@@ -134,7 +137,9 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
             figures = {name: value.item() for name, value in figures.items()}  # read last: on a GPU that waits for the device
             seconds = time.monotonic() - began
             broken = not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]))
-            broken, stop = _in_any_process(accelerator, broken, bool(stopped) or (minutes is not None and seconds >= 60 * minutes))
+            late = minutes is not None and seconds >= 60 * minutes
+            broken, interrupted, late = _in_any_process(accelerator, broken, bool(stopped), late)
+            stop = interrupted or late
             if broken:
                 wrong = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)) or "another process has"
                 raise UserError(f"not finite at step {step + 1}: {wrong}; training stopped, the last good checkpoint in {run_dir} is kept")
@@ -150,9 +155,11 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
             if time.monotonic() - saved >= save_every:
                 checkpoint()
     checkpoint()
-    if stopped:
+    if interrupted:
         raise KeyboardInterrupt(f"stopped after step {step}; the same command resumes from {run_dir}")
-    return _finish(stage, run_dir, ema, accelerator, step, trained_minutes + (time.monotonic() - began) / 60, origin, compile, score)
+    spent = trained_minutes + (time.monotonic() - began) / 60
+    budget = f"--minutes {spent:.1f}" if settings.cooldown and total == 10**9 else f"--steps {step}"  # by the clock nothing cools down
+    return _finish(stage, run_dir, ema, accelerator, step, spent, budget, origin, compile, score)
 
 
 def _groups(module: nn.Module, settings: TrainSettings) -> list[dict]:
@@ -174,7 +181,7 @@ def _in_any_process(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in everyone.amax(dim=0))
 
 
-def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float, origin: dict | None, compiled: bool, score: bool) -> Path:
+def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, step: int, minutes: float, budget: str, origin: dict | None, compiled: bool, score: bool) -> Path:
     """Put the EMA weights into the module, write DIR/model.safetensors and DIR/weights, score them into DIR/result.json."""
     path = run_dir / "model.safetensors"
     stage.module.load_state_dict(ema.state)
@@ -188,7 +195,7 @@ def _finish(stage: Stage, run_dir: Path, ema: Ema, accelerator: Accelerator, ste
             "stage": stage.name,
             "scale": stage.scale,
             "seed": stage.seed,
-            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} --steps {step}" + "".join(f" --{name} {shlex.quote(value)}" for name, value in stage.options.items()) + " --warm-start" * bool(origin) + " --compile" * compiled,
+            "command": f"snapgen train {stage.name} --scale {stage.scale} --seed {stage.seed} {budget}" + "".join(f" --{name} {shlex.quote(value)}" for name, value in stage.options.items()) + " --warm-start" * bool(origin) + " --compile" * compiled,
             "commit": git_commit(),
             "steps": step,
             "samples": step * stage.settings.batch_size,

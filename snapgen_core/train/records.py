@@ -29,6 +29,18 @@ def shipped_origin(stage: Stage) -> dict:
         raise UserError(f"nothing to start warm from: no readable {path}") from None
 
 
+def training_of(weights: Path) -> dict:
+    """Which training made the weights in `weights`, in brief: told by the card of shipped ones, or by the run of RUN_DIR/weights/NAME.
+    Empty where nothing tells."""
+    for path in (weights / "training.json", weights.parent.parent / "result.json"):
+        try:
+            told = json.loads(path.read_text("utf-8"))
+            return {name: told[name] for name in ("command", "commit", "steps", "samples", "minutes", "device")}
+        except (OSError, ValueError, KeyError):
+            continue
+    return {}
+
+
 def trim_log(path: Path, step: int) -> None:
     """Drop the log's lines after `step`: they were written between the last checkpoint and the kill."""
     if path.exists():

@@ -119,7 +119,7 @@ class DownStage(Stage):
 
 
 class MidBlock(Stage):
-    """At the lowest resolution. Its output is the feature that distillation takes, by a forward hook."""
+    """At the lowest resolution, between the way down and the way up."""
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         for block in self.blocks:
