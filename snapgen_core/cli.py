@@ -111,6 +111,7 @@ def _add_train(commands) -> None:
                        help="a teacher in place of the scale's own: a twin of RUN_DIR/weights/teacher, or from small on an SD3.5 pipeline (stages kd and distilled)")
     train.add_argument("--constant", metavar="L1,L2",
                        help="the constant weights of Eq. 6 in place of timestep-aware scaling; 0,0 trains without a teacher (stage kd only)")
+    train.add_argument("--student", type=Path, metavar="FOLDER", help="begin with this student, such as RUN_DIR/weights/base, and not with the shipped base student (stage kd only)")
     train.add_argument("--stored", type=_number(int, 1, 10**9), metavar="N",
                        help="keep the teacher's answers to the first N batches on disk and go round these (stage kd only)")
     train.add_argument("--t5", choices=("yes", "no"), help="whether SD3.5 reads with its T5, too, 10 GB of memory (stages kd and distilled; default: yes, where it is at hand)")

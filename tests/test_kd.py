@@ -229,6 +229,19 @@ def test_a_projector_of_another_training_is_refused(stage, tmp_path):
         stage().load(tmp_path)
 
 
+def test_another_student_to_begin_with(stage, tmp_path):
+    made = stage()
+    with torch.no_grad():
+        for parameter in made.module.unet.parameters():
+            parameter.zero_()
+    made.save(tmp_path)
+    again = stage(student=tmp_path / "kd")
+    assert not any(parameter.any() for parameter in again.module.unet.parameters())
+    assert again.options["student"] == str(tmp_path / "kd")
+    with pytest.raises(UserError, match="no student in /nowhere"):
+        stage(student="/nowhere")
+
+
 def test_without_a_teacher_it_is_the_task_alone(stage, monkeypatch):
     monkeypatch.setattr(kd, "load_teacher", None)
     made = stage(constant="0,0")

@@ -103,16 +103,17 @@ class KdStage(TaughtStage):
     Args:
         teacher: folder of a teacher in place of the scale's own (`load_teacher`).
         constant: "L1,L2", the weights of Eq. 6 in place of Eq. 8; "0,0" goes on without a teacher.
+        student: folder of the student to begin with, in place of the shipped base student.
         stored: the teacher's answers to the first so many batches are kept on disk, and training goes round these.
         t5: "no" leaves out SD3.5's largest text encoder.
     """
 
     name = "kd"
 
-    def __init__(self, scale: str, seed: int, teacher: Path | None = None, constant: str | None = None, stored: int | None = None, t5: str | None = None):
+    def __init__(self, scale: str, seed: int, teacher: Path | None = None, constant: str | None = None, student: Path | None = None, stored: int | None = None, t5: str | None = None):
         self.scale, self.seed, self.stored = scale, seed, stored
         weights = None if constant is None else parse_weights(constant)
-        options = {"teacher": teacher, "constant": weights and f"{weights[0]:g},{weights[1]:g}", "stored": stored, "t5": t5 if t5 == "no" else None}
+        options = {"teacher": teacher, "constant": weights and f"{weights[0]:g},{weights[1]:g}", "student": student, "stored": stored, "t5": t5 if t5 == "no" else None}
         self.options = {name: str(value) for name, value in options.items() if value is not None}
         self.teacher = None
         if weights != (0, 0):
@@ -120,7 +121,7 @@ class KdStage(TaughtStage):
         elif teacher or stored or t5:
             raise UserError("with --constant 0,0 there is no teacher: leave out --teacher, --stored and --t5")
         torch.manual_seed(seed)
-        unet = load_unet(checkpoint_dir(scale) / "base")
+        unet = load_unet(student or checkpoint_dir(scale) / "base")
         projector = None
         if weights is None or weights[1] > 0:
             width, *size = self.teacher.feature_size(get_scale(scale).latent_size)
