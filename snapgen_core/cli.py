@@ -24,6 +24,17 @@ LONGEST_LINE = 300
 # Values, checked at the door
 
 
+def _levels(text: str) -> tuple[float, float]:
+    """An argparse type: two noise levels, the lower one first."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not 0 <= low < high <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} are not two noise levels from 0 to 1, the lower one first, such as 0.7,0.85")
+    return low, high
+
+
 def _number(kind: type, lowest: float, highest: float, unit: str = ""):
     """An argparse type: a finite number of `kind` from `lowest` to `highest`."""
     noun = "a whole number" if kind is int else "a number"
@@ -145,6 +156,7 @@ def _add_evaluate(commands) -> None:
                                "ones; at least 2 (default: 20)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file, and which pictures were right")
     evaluate.add_argument("--bits", type=_number(float, 4, 16), metavar="B", help="score the student with its weights in so many bits on average, 4 to 8, as on a phone; 16 rounds them")
+    evaluate.add_argument("--relay", type=_levels, metavar="LOW,HIGH", help="at noise levels above LOW and up to HIGH, of 0 to 1, let the teacher answer in the student's place: what is its lead worth there?")
     evaluate.add_argument("--variety", action="store_true", help="also measure how varied the pictures of a prompt are, and how far they are from true scenes")
     _add_sampling(evaluate, "base", others=("teacher", "turbo"))
 

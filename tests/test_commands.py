@@ -70,7 +70,7 @@ def test_a_run_that_cannot_go_on_is_told(home, calls, monkeypatch, capfd):
 def test_evaluate_prints_and_writes_the_same_figures(home, calls, capfd):
     arguments = ["evaluate", "--images", "4", "--steps", "3", "--guidance", "2", "--seed", "9", "--json", "figures.json"]
     assert main(arguments) == 0
-    assert calls == [("evaluate", "tiny", "base", 4, 9, 3, 2.0, None, "full", False, None)]
+    assert calls == [("evaluate", "tiny", "base", 4, 9, 3, 2.0, None, "full", False, None, None)]
     assert capfd.readouterr().out.splitlines()[0].split(maxsplit=1) == ["overall", "0.61 [0.50, 0.75] n=12"]
     written = json.loads((home / "figures.json").read_text())
     assert {name: written[name] for name in FIGURES} == FIGURES
@@ -91,9 +91,18 @@ def test_evaluate_tells_which_training_made_a_checkpoint(home, calls):
 
 
 def test_only_students_are_squeezed(home, calls, capfd):
-    assert main(["evaluate", "--bits", "4.3"]) == 0 and calls[-1][-1] == 4.3
+    assert main(["evaluate", "--bits", "4.3"]) == 0 and calls[-1][-2] == 4.3
     assert main(["evaluate", "--stage", "teacher", "--bits", "4.3"]) == 2
     assert "not the teacher" in capfd.readouterr().err
+
+
+def test_the_teacher_helps_students_only(home, calls, capfd):
+    assert main(["evaluate", "--relay", "0.7,.85"]) == 0 and calls[-1][-1] == (0.7, 0.85)
+    assert main(["evaluate", "--stage", "turbo", "--relay", "0.7,0.85"]) == 2
+    assert "not in the turbo's" in capfd.readouterr().err
+    for text in ("0.7", "0.85,0.7", "0,1.1", "a,b", "0.5,nan", "-0.1,1", "0,0.5,1"):
+        assert main(["evaluate", f"--relay={text}"]) == 2
+        assert "are not two noise levels" in capfd.readouterr().err
 
 
 def test_a_failed_evaluation_leaves_the_old_figures(home, monkeypatch, capfd):

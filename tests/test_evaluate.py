@@ -26,10 +26,13 @@ from snapgen_core.evaluate import (
     true_detections,
     validate_detector,
 )
-from snapgen_core.evaluate.sceneeval import judge_prompts, picture_seed
+from snapgen_core.evaluate.sceneeval import judge_prompts, picture_seed, pipeline_generator, relay_generator, teacher_generator
 from snapgen_core.evaluate.truth import another_caption, true_scenes
+from snapgen_core.latents import decode
+from snapgen_core.pipeline import load
 from snapgen_core.scales import get_scale
 from snapgen_core.scenes import HELD_OUT_TASKS, TASKS, Prompt, Wanted, draw_scene, is_held_out
+from snapgen_core.teachers import guided_velocity, load_teacher
 
 
 def prompt(task: str, *wanted: Wanted, relation: str | None = None) -> Prompt:
@@ -298,6 +301,25 @@ def test_evaluate_stage(monkeypatch):
     assert result["overall"]["score"] == 1 and result["overall"]["n"] == 24 and result["held_out"]["n"] == 8
     assert result["settings"]["images_per_task"] == 4 and result["settings"]["steps"] == 4
     assert result["outcomes"] == {task: "1111" for task in TASKS}
+
+
+def test_the_teacher_takes_over_between_two_levels():
+    """Everywhere it draws its own pictures, nowhere the student's; between, each step by hand."""
+    pipe, (teacher, text) = load("tiny", "base"), load_teacher("tiny")
+    captions, seeds = ["a red car", "two dogs"], [3, 4]
+    noise = torch.stack([torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    def drawn(low, high):
+        return relay_generator(pipe, teacher, text, (low, high), steps=4, guidance=2.0)(captions, seeds)
+
+    assert torch.allclose(drawn(0.0, 1.0), teacher_generator("tiny", teacher, text, 4, 2.0)(captions, seeds), atol=1e-5)
+    assert torch.allclose(drawn(0.1, 0.2), pipeline_generator(pipe, 4, 2.0)(captions, seeds), atol=1e-5)
+    fields = pipe.velocity(pipe.text.encode(captions), 2.0), guided_velocity(teacher, *text(["", "", *captions]), 2.0)
+    x = noise
+    with torch.no_grad():
+        for here, there, who in ((1.0, 0.9, 0), (0.9, 0.75, 1), (0.75, 0.5, 1), (0.5, 0.0, 0)):
+            x = x + (there - here) * fields[who](x, torch.tensor(here))
+        assert torch.allclose(drawn(0.5, 0.9), decode(pipe.vae, x), atol=1e-4)
 
 
 def test_evaluate_stage_takes_a_teacher(monkeypatch):

@@ -31,12 +31,14 @@ def evaluate(args: argparse.Namespace) -> int:
     stage = stage_of(args, "base")
     if args.bits and stage in ("teacher", "turbo"):
         raise UserError(f"--bits squeezes a student for a phone, not the {stage}")
+    if args.relay and stage in ("teacher", "turbo"):
+        raise UserError(f"--relay puts the teacher in a student's place, not in the {stage}'s")
     quiet_libraries(args.scale)
 
     from .. import evaluate as scoring
     from ..train.records import training_of
 
-    figures = scoring.evaluate_stage(args.scale, stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint, args.decoder, args.variety, args.bits)
+    figures = scoring.evaluate_stage(args.scale, stage, args.images, args.seed, args.steps, args.guidance, args.checkpoint, args.decoder, args.variety, args.bits, args.relay)
     table = list(rows(figures))
     width = max(len(name) for name, _ in table)
     for name, value in table:

@@ -17,7 +17,7 @@ from ..latents import decode, load_autoencoder, load_decoder
 from ..paths import checkpoint_dir
 from ..scales import SAMPLING, get_scale
 from ..scenes import CLASSES, COLOURS, HELD_OUT_TASKS, TASKS, Prompt, draw_prompt
-from ..teachers import Teacher, TeacherText, load_teacher, sample
+from ..teachers import Teacher, TeacherText, guided_velocity, load_teacher, sample
 from ..weights import load_model
 from .report import Report
 from .rules import COUNTING_THRESHOLD, judge
@@ -132,6 +132,22 @@ def pipeline_generator(pipe, steps: int = 28, guidance: float = 4.0) -> Generate
     return generate
 
 
+def relay_generator(pipe, teacher: Teacher, text: TeacherText, levels: tuple[float, float], steps: int, guidance: float) -> Generate:
+    """As `pipeline_generator`, but at noise levels sigma with levels[0] < sigma <= levels[1] the teacher answers in the student's
+    place. How much better the pictures become says what its lead at these levels is worth."""
+    low, high = levels
+
+    @torch.no_grad()
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
+        student = pipe.velocity(pipe.text.encode(captions), guidance)
+        helper = guided_velocity(teacher, *text([*[""] * len(captions), *captions]), guidance)
+        noise = pipe.noise(len(captions), [torch.Generator().manual_seed(seed) for seed in seeds])
+        latents = flow.sample(lambda x, sigma: (helper if low < sigma <= high else student)(x, sigma), noise, pipe.sigmas(steps))
+        return decode(pipe.vae if pipe.decoder is None else pipe.decoder, latents)
+
+    return generate
+
+
 def evaluate_unet(
     scale: str, unet, images: int, seed: int = 0, steps: int = 28, guidance: float = 4.0
 ) -> dict[str, float]:
@@ -156,9 +172,9 @@ def teacher_generator(scale: str, teacher: Teacher, text: TeacherText, steps: in
     return generate
 
 
-def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder: Path | None = None, decoder: str = "full", bits: float | None = None) -> tuple[Generate, dict]:
+def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder: Path | None = None, decoder: str = "full", bits: float | None = None, relay: tuple[float, float] | None = None) -> tuple[Generate, dict]:
     """What `scene_eval` asks for, from a shipped model or the one in `folder`, and figures of its palettes: with `bits` its
-    weights take so many on average, as `squeeze` does it, and 16 rounds them."""
+    weights take so many on average, as `squeeze` does it, and 16 rounds them; `relay` as for `relay_generator`."""
     from .. import load
     from ..export.squeeze import squeeze_pipeline
 
@@ -169,23 +185,26 @@ def stage_generator(scale: str, stage: str, steps: int, guidance: float, folder:
     pipe, squeezed = load(scale, stage, folder, decoder).to(device), {}
     if bits is not None:
         squeezed = squeeze_pipeline(pipe, bits, guided=guidance != 1)
+    if relay is not None:
+        teacher, text = load_teacher(scale)
+        return relay_generator(pipe, teacher.to(device), text.to(device), relay, steps, guidance), squeezed
     return pipeline_generator(pipe, steps, guidance), squeezed
 
 
 def evaluate_stage(
-    scale: str, stage: str, images: int, seed: int = 0, steps: int | None = None, guidance: float | None = None, folder: Path | None = None, decoder: str = "full", variety: bool = False, bits: float | None = None
+    scale: str, stage: str, images: int, seed: int = 0, steps: int | None = None, guidance: float | None = None, folder: Path | None = None, decoder: str = "full", variety: bool = False, bits: float | None = None, relay: tuple[float, float] | None = None
 ) -> dict:
     """SceneEval of a shipped model (or of the one in `folder`) as a JSON-able dict: `Report.to_dict()` and the settings.
 
     `steps` and `guidance` are the stage's own by default (`scales.SAMPLING`).
     `images` counts the pictures of each of the six tasks; each of the four held-out tasks adds half as many. With `variety`
-    there are also the figures of `variety.measure`; `bits` as for `stage_generator`.
+    there are also the figures of `variety.measure`; `bits` and `relay` as for `stage_generator`.
     """
     from .variety import measure
 
     steps = SAMPLING[stage][0] if steps is None else steps
     guidance = SAMPLING[stage][1] if guidance is None else guidance
-    generate, squeezed = stage_generator(scale, stage, steps, guidance, folder, decoder, bits)
+    generate, squeezed = stage_generator(scale, stage, steps, guidance, folder, decoder, bits, relay)
     figures = scene_eval(generate, images, seed=seed).to_dict() | ({"palettes": squeezed} if squeezed else {})
     if variety:
         figures["variety"] = measure(generate, get_scale(scale).image_size, seed=seed)
@@ -193,6 +212,7 @@ def evaluate_stage(
         "scale": scale,
         "stage": stage,
         "decoder": decoder,
+        **({"relay": list(relay)} if relay else {}),
         "seed": seed,
         "steps": steps,
         "guidance": guidance,
