@@ -62,7 +62,12 @@ KD_features := --constant 1,0.03 --stored $(KD_STEPS)
 KD_scaled := --stored $(KD_STEPS)
 KD_constant := --constant 10,0.03 --stored $(KD_STEPS)
 KD_RUNS := $(foreach seed,0 1 2,$(foreach row,task scaled constant output features,exports/results/kd/$(row)-seed-$(seed).json))
-kdtable: exports/results/kd/start.json $(KD_RUNS) ## train and score the runs behind notebook 04's table, KD_STEPS each
+COMMA := ,
+RELAYS := $(foreach levels,0-0.5 0.5-0.7 0.7-0.85 0.85-0.95 0.95-1,exports/results/relay/$(levels).json)
+kdtable: $(RELAYS) exports/results/kd/start.json $(KD_RUNS) ## make notebook 04's results: train and score its rows, KD_STEPS each
+exports/results/relay/%.json: | $(STAMP)
+	@mkdir -p $(@D)
+	$(BIN)/snapgen evaluate --stage base --relay $(subst -,$(COMMA),$*) --images 50 --json $@
 $(KD_START): | $(STAMP)
 	$(BIN)/snapgen train base --steps 3500 --no-score --run-dir exports/runs/tiny/base-early
 exports/results/kd/start.json: | $(KD_START)
