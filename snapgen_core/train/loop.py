@@ -158,7 +158,7 @@ def train(stage: Stage, run_dir: Path, steps: int | None = None, minutes: float 
     if interrupted:
         raise KeyboardInterrupt(f"stopped after step {step}; the same command resumes from {run_dir}")
     spent = trained_minutes + (time.monotonic() - began) / 60
-    budget = f"--minutes {spent:.1f}" if settings.cooldown and total == 10**9 else f"--steps {step}"  # by the clock nothing cools down
+    budget = f"--minutes {spent:.2f}" if settings.cooldown and total == 10**9 else f"--steps {step}"  # by the clock nothing cools down
     return _finish(stage, run_dir, ema, accelerator, step, spent, budget, origin, compile, score)
 
 
