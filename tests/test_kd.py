@@ -216,7 +216,7 @@ def test_all_rows_of_the_table_see_the_same_samples(stage):
 
 def test_answers_that_do_not_fit_on_the_disk_are_refused(stage, monkeypatch):
     made = stage(stored=10**9)
-    monkeypatch.setattr(kd, "load_detector", lambda: None)
+    monkeypatch.setattr(kd, "load_detector", None)  # before anything is loaded
     with pytest.raises(UserError, match=r"the teacher's answers to 1000000000 batches take up to [\d,.]+ GiB, and .* GiB left: store fewer"):
         made.prepare()
 
@@ -224,7 +224,8 @@ def test_answers_that_do_not_fit_on_the_disk_are_refused(stage, monkeypatch):
 def test_a_projector_of_another_training_is_refused(stage, tmp_path):
     stage().save(tmp_path)
     for name in ("kd", "kd_projector"):
-        (tmp_path / name / "training.json").write_text(name)
+        card = {"command": name, "commit": "", "steps": 1, "samples": 4, "minutes": 0.0, "device": "cpu"}
+        (tmp_path / name / "training.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match="another training than the student"):
         stage().load(tmp_path)
 

@@ -22,6 +22,7 @@ from ..pipeline import load_unet
 from ..scales import get_scale
 from ..teachers import StoredText, Teacher, TeacherText, TwinText, load_teacher
 from ..train import TrainSettings, step_generator
+from ..train.records import training_of
 from ..unet import SnapGenUNet
 from ..weights import load_model, save_half, weights_digest
 from .base import TrainingSet, draw_prompts
@@ -131,7 +132,6 @@ class KdStage(TaughtStage):
         self.settings = TrainSettings(batch_size=64, learning_rate=4e-4, clip_norm=None, cooldown=0.5, steps=5_000)
 
     def prepare(self) -> None:
-        super().prepare()
         if self.stored:
             folder = cache_dir(self.scale)
             folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +140,7 @@ class KdStage(TaughtStage):
             size, free = 2 * numbers * self.settings.batch_size * self.stored / 2**30, shutil.disk_usage(folder).free / 2**30
             if size > free:
                 raise UserError(f"the teacher's answers to {self.stored} batches take up to {size:,.1f} GiB, and {folder} has {free:,.1f} GiB left: store fewer")
+        super().prepare()
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         index = step % self.stored if self.stored else step
@@ -213,14 +214,9 @@ class KdStage(TaughtStage):
             projector = load_model(Projector, root / "kd_projector", "the projector of stage kd")
             if projector.shape != self.module.projector.shape:
                 raise UserError("the shipped projector belongs to another teacher's features: train without --warm-start")
-            if _card(root / "kd_projector") != _card(root / "kd"):
+            if training_of(root / "kd_projector") != training_of(root / "kd"):
                 raise UserError("the shipped projector comes from another training than the student: train without --warm-start")
             self.module.projector.load_state_dict(projector.state_dict())
-
-
-def _card(folder: Path) -> str | None:
-    card = folder / "training.json"
-    return card.read_text("utf-8") if card.is_file() else None
 
 
 def parse_weights(text: str) -> tuple[float, float]:
