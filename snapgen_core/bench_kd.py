@@ -1,4 +1,5 @@
-"""What a teacher costs: steps of stage `kd` timed, and at the paper's size counted, without weights."""
+"""What a teacher costs: steps of stage `kd` timed, and at the paper's size counted, without weights; on a GPU with room for
+it, timed there, too."""
 
 import statistics
 from unittest.mock import patch
@@ -13,7 +14,9 @@ from .bench import timed
 from .devices import best_device
 from .distill import Projector
 from .profile import count_macs, count_parameters
+from .scales import get_scale
 from .stages.kd import KdStage, KdTraining
+from .teachers import Teacher
 from .unet import SnapGenUNet
 
 MODES = {  # what is timed: options of stage `kd`
@@ -128,3 +131,75 @@ def paper_costs(text_tokens: int = 154, teacher_tokens: int = 333) -> dict[str, 
     # A step computes forward once and backward twice what is trained, and forward once what is frozen.
     trained = 3 * (costs["student_macs"] + costs["projector_macs"])
     return costs | {"step_macs_ratio": (trained + costs["teacher_macs"]) / (3 * costs["student_macs"])}
+
+
+def state_bytes(costs: dict[str, float], taught: bool) -> float:
+    """Bytes that `paper_costs` asks for whatever the batch: fp32 weights, gradients and two moments of what is trained, and the
+    teacher in 16 bits."""
+    if not taught:
+        return 16 * costs["student_parameters"]
+    return 16 * (costs["student_parameters"] + costs["projector_parameters"]) + 2 * costs["teacher_parameters"]
+
+
+def paper_steps(runs: int, batch_size: int = 4, scale: str = "paper", teacher_config: dict = SD35_LARGE, text_tokens: int = 154, teacher_tokens: int = 333) -> dict:
+    """Seconds and peak bytes of a training step with fresh weights and random input, without a teacher and with it asked.
+
+    A picture's own bytes are the slope between a batch of one and one of `batch_size`: {"batch_size", "plain" and "live":
+    {"seconds", "median", "ratio", "peak_bytes", "sample_bytes"}}. Bytes are None on a CPU. Raises torch.OutOfMemoryError.
+    """
+    device, config = best_device(), get_scale(scale)
+    with torch.device(device):
+        unet = SnapGenUNet.from_preset(scale).train()
+    found: dict = {"batch_size": batch_size}
+    for mode in ("plain", "live"):
+        teacher = projector = None
+        if mode == "live":
+            teacher = _fresh_teacher(teacher_config, device)
+            width, *size = teacher.feature_size(config.latent_size)
+            projector = Projector(unet.config.channels[-1], width, tuple(size)).to(device)
+        training = KdTraining(unet, projector, config.shift, None if teacher else (0.0, 0.0)).to(memory_format=torch.channels_last)  # as KdStage
+        optimizer = torch.optim.AdamW(training.parameters(), lr=1e-6, fused=True)
+
+        def step(count: int) -> None:
+            latents = (count, config.latent_channels, config.latent_size, config.latent_size)
+            x0, eps, sigma = torch.randn(latents, device=device), torch.randn(latents, device=device), torch.rand(count, device=device)
+            batch = {"x0": x0, "eps": eps, "sigma": sigma, "context": torch.randn(count, text_tokens, unet.config.context_dim, device=device)}
+            if teacher:
+                context, pooled = torch.randn(count, teacher_tokens, teacher_config["joint_attention_dim"], device=device), torch.randn(count, teacher_config["pooled_projection_dim"], device=device)
+                batch["velocity"], batch["features"] = teacher(x0, 1000 * sigma, context, pooled)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss, _ = training(**batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        step(1)  # the first one makes the moments
+        least, peak = _peak_bytes(step, 1, device), _peak_bytes(step, batch_size, device)
+        seconds = timed(lambda: step(batch_size), runs, device)
+        found[mode] = {
+            "seconds": seconds,
+            "median": statistics.median(seconds),
+            "ratio": statistics.median(seconds) / found.get("plain", {"median": statistics.median(seconds)})["median"],
+            "peak_bytes": peak,
+            "sample_bytes": None if peak is None else (peak - least) / (batch_size - 1),
+        }
+    return found
+
+
+def _fresh_teacher(config: dict, device: torch.device) -> Teacher:
+    """In bf16 from the beginning: at the paper's size it would take 32 GB in 32 bits."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return Teacher(SD3Transformer2DModel(**config))
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _peak_bytes(step, count: int, device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    step(count)
+    return torch.cuda.max_memory_allocated(device)

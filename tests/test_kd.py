@@ -389,11 +389,26 @@ def test_costs_at_the_papers_size():
     assert 1 < costs["kd_activation_bytes"] / costs["task_activation_bytes"] < 1.05
 
 
+def test_fresh_steps_are_taken_without_and_with_a_teacher():
+    """At `tiny` and on a CPU, where bytes are not measured: the same function takes the paper's steps on a GPU."""
+    config = SCALES["tiny"].teacher
+    found = bench_kd.paper_steps(2, 2, "tiny", config, text_tokens=5, teacher_tokens=7)
+    assert found["batch_size"] == 2 and found["plain"]["ratio"] == 1 and found["live"]["ratio"] > 0
+    assert all(len(found[mode]["seconds"]) == 2 and found[mode]["peak_bytes"] is None for mode in ("plain", "live"))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_a_step_holds_whatever_the_batch():
+    costs = {"student_parameters": 10, "projector_parameters": 3, "teacher_parameters": 100}
+    assert bench_kd.state_bytes(costs, False) == 160 and bench_kd.state_bytes(costs, True) == 160 + 48 + 200
+
+
 def test_the_command_prints_and_writes(monkeypatch, tmp_path, capfd):
     steps = {mode: {"seconds": [0.5], "median": 0.5, "ratio": ratio} for mode, ratio in (("plain", 1.0), ("stored", 1.2), ("live", 1.6))} | {"batch_size": 64}
     monkeypatch.setattr(bench_kd, "time_steps", lambda scale, runs, teacher: steps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", "kd", "--runs", "7", "--json", str(tmp_path / "b.json")]) == 0
     out, written = capfd.readouterr().out, json.loads((tmp_path / "b.json").read_text())
     assert "the teacher asked" in out and "1.60" in out and "9.0 times the MACs" in out
-    assert written["steps"] == steps and written["runs"] == 7 and written["paper"]["step_macs_ratio"] == pytest.approx(8.96, abs=0.05)
+    assert written["steps"] == steps and written["runs"] == 7 and written["paper_measured"] is None and written["paper"]["step_macs_ratio"] == pytest.approx(8.96, abs=0.05)
     assert main(["bench", "kd", "--only", "live"]) == 2 and "takes no --only" in capfd.readouterr().err

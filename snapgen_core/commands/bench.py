@@ -92,7 +92,9 @@ def _bench_kd(args: argparse.Namespace) -> int:
     """Steps of stage `kd`, and what one costs at the paper's size."""
     if args.only:
         raise UserError("bench kd compares its three kinds of steps: it takes no --only")
-    from ..bench_kd import paper_costs, time_steps
+    import torch
+
+    from ..bench_kd import paper_costs, paper_steps, state_bytes, time_steps
     from ..memory import keep_freed_memory
 
     keep_freed_memory()  # as `train` does
@@ -103,8 +105,18 @@ def _bench_kd(args: argparse.Namespace) -> int:
     costs = paper_costs()
     print(f"at the paper's size, a sample of 1024 pixels: student {costs['student_macs'] / 1e9:.0f} GMACs forward, SD3.5-Large {costs['teacher_macs'] / 1e9:.0f};")
     print(f"a step takes {costs['step_macs_ratio']:.1f} times the MACs of one without a teacher, and keeps {costs['kd_activation_bytes'] / 2**30:.1f} GiB of activations ({costs['task_activation_bytes'] / 2**30:.1f} without)")
+    measured = None
+    if torch.cuda.is_available():
+        try:
+            measured = paper_steps(args.runs)
+        except torch.OutOfMemoryError:
+            note("a step at the paper's size was skipped: this GPU has no room for it")
+    if measured:
+        for mode, what, kept in (("plain", "without a teacher", "task_activation_bytes"), ("live", "the teacher asked", "kd_activation_bytes")):
+            found, expected = measured[mode], state_bytes(costs, mode == "live") + measured["batch_size"] * costs[kept]
+            print(f"measured, {what}: {found['median']:.3f} s for {measured['batch_size']} samples, {found['ratio']:.1f} times; at most {found['peak_bytes'] / 2**30:.1f} GiB (expected {expected / 2**30:.1f}), {found['sample_bytes'] / 2**30:.1f} a sample")
     if args.json:
-        write_json(args.json, {**_facts(args), "scale": args.scale, "steps": steps, "paper": costs})
+        write_json(args.json, {**_facts(args), "scale": args.scale, "steps": steps, "paper": costs, "paper_measured": measured})
     return 0
 
 
