@@ -123,6 +123,7 @@ def _add_train(commands) -> None:
     train.add_argument("--constant", metavar="L1,L2",
                        help="the constant weights of Eq. 6 in place of timestep-aware scaling; 0,0 trains without a teacher (stage kd only)")
     train.add_argument("--student", type=Path, metavar="FOLDER", help="begin with this student, such as RUN_DIR/weights/base, and not with the shipped base student (stage kd only)")
+    train.add_argument("--mislabel", type=_number(float, 0, 1), metavar="SHARE", help="give this share of the scenes another scene's caption, as in data from the web (stage kd only)")
     train.add_argument("--stored", type=_number(int, 1, 10**9), metavar="N",
                        help="keep the teacher's answers to the first N batches on disk and go round these (stage kd only)")
     train.add_argument("--t5", choices=("yes", "no"), help="whether SD3.5 reads with its T5, too, 10 GB of memory (stages kd and distilled; default: yes, where it is at hand)")

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,6 +229,21 @@ def test_a_projector_of_another_training_is_refused(stage, tmp_path):
         (tmp_path / name / "training.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match="another training than the student"):
         stage().load(tmp_path)
+
+
+def test_mislabelled_scenes_carry_captions_of_other_scenes(stage, few):
+    captions = [f"a picture of {number}" for number in range(1000)]
+    mixed = kd.mislabelled(captions, 0.3)
+    assert sum(a != b for a, b in zip(captions, mixed)) == 300 and sorted(mixed) == sorted(captions)
+    assert mixed == kd.mislabelled(captions, 0.3) and kd.mislabelled(captions, 0.0) == captions
+
+
+def test_training_reads_the_wrong_captions(monkeypatch):
+    monkeypatch.setattr(kd, "TrainingSet", lambda scale, seed: SimpleNamespace(scenes=SimpleNamespace(captions=list("abcd"))))
+    for share in (None, 1.0):
+        made = build_stage("kd", "tiny", constant="0,0", mislabel=share)
+        assert sum(a != b for a, b in zip(made.data.scenes.captions, "abcd")) == (4 if share else 0)
+        assert made.options.get("mislabel") == ("1" if share else None)
 
 
 def test_another_student_to_begin_with(stage, tmp_path):

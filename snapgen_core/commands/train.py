@@ -28,7 +28,7 @@ def train(args: argparse.Namespace) -> int:
     from ..stages import build_stage
 
     stage = build_stage(args.stage, args.scale, args.seed, args.batch, args.rate, data=args.data, perceptual=args.perceptual,
-                        teacher=args.teacher, constant=args.constant, student=args.student, stored=args.stored, t5=args.t5, only=args.only, scenes=args.scenes)
+                        teacher=args.teacher, constant=args.constant, student=args.student, mislabel=args.mislabel, stored=args.stored, t5=args.t5, only=args.only, scenes=args.scenes)
     loop.train(stage, run_dir, steps=args.steps, minutes=args.minutes, warm_start=args.warm_start, compile=args.compile, score=not args.no_score)
     if PartialState().is_main_process:
         print(f"weights {run_dir / 'weights'}, log {run_dir / 'log.jsonl'}")

@@ -101,7 +101,7 @@ STAGES: dict[str, Callable[..., Stage]] = {
     "distilled": _distilled,
     "ablation": _ablation,
 }
-OPTIONS = {"decoder": ("data", "perceptual"), "teacher": ("scenes",), "kd": ("teacher", "constant", "student", "stored", "t5"), "distilled": ("teacher", "only", "t5")}  # what a stage takes beside these two
+OPTIONS = {"decoder": ("data", "perceptual"), "teacher": ("scenes",), "kd": ("teacher", "constant", "student", "mislabel", "stored", "t5"), "distilled": ("teacher", "only", "t5")}  # what a stage takes beside these two
 
 
 def build_stage(name: str, scale: str, seed: int = 0, batch: int | None = None, rate: float | None = None, **options) -> Stage:

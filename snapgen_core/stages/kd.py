@@ -75,10 +75,13 @@ class TaughtStage:
     scale: str
     teacher: Teacher | None
     text: TeacherText
+    mislabel = 0.0
 
     @cached_property
     def data(self) -> TrainingSet:
-        return TrainingSet(self.scale, 0)  # the scenes of `base`, whatever the seed of this stage
+        data = TrainingSet(self.scale, 0)  # the scenes of `base`, whatever the seed of this stage
+        data.scenes.captions = mislabelled(data.scenes.captions, self.mislabel)
+        return data
 
     def prepare(self) -> None:
         load_detector()  # as in stage base
@@ -105,16 +108,17 @@ class KdStage(TaughtStage):
         teacher: folder of a teacher in place of the scale's own (`load_teacher`).
         constant: "L1,L2", the weights of Eq. 6 in place of Eq. 8; "0,0" goes on without a teacher.
         student: folder of the student to begin with, in place of the shipped base student.
+        mislabel: share of the scenes that carry another scene's caption, as pictures from the web often do.
         stored: the teacher's answers to the first so many batches are kept on disk, and training goes round these.
         t5: "no" leaves out SD3.5's largest text encoder.
     """
 
     name = "kd"
 
-    def __init__(self, scale: str, seed: int, teacher: Path | None = None, constant: str | None = None, student: Path | None = None, stored: int | None = None, t5: str | None = None):
-        self.scale, self.seed, self.stored = scale, seed, stored
+    def __init__(self, scale: str, seed: int, teacher: Path | None = None, constant: str | None = None, student: Path | None = None, mislabel: float = 0.0, stored: int | None = None, t5: str | None = None):
+        self.scale, self.seed, self.mislabel, self.stored = scale, seed, mislabel, stored
         weights = None if constant is None else parse_weights(constant)
-        options = {"teacher": teacher, "constant": weights and f"{weights[0]:g},{weights[1]:g}", "student": student, "stored": stored, "t5": t5 if t5 == "no" else None}
+        options = {"teacher": teacher, "constant": weights and f"{weights[0]:g},{weights[1]:g}", "student": student, "mislabel": f"{mislabel:g}" if mislabel else None, "stored": stored, "t5": t5 if t5 == "no" else None}
         self.options = {name: str(value) for name, value in options.items() if value is not None}
         self.teacher = None
         if weights != (0, 0):
@@ -217,6 +221,15 @@ class KdStage(TaughtStage):
             if training_of(root / "kd_projector") != training_of(root / "kd"):
                 raise UserError("the shipped projector comes from another training than the student: train without --warm-start")
             self.module.projector.load_state_dict(projector.state_dict())
+
+
+def mislabelled(captions: list[str], share: float) -> list[str]:
+    """`captions` with a random `share` of them handed on among themselves, the same ones each time."""
+    chosen = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))[: round(share * len(captions))].tolist()
+    mixed = list(captions)
+    for taker, giver in zip(chosen, chosen[1:] + chosen[:1]):
+        mixed[taker] = captions[giver]
+    return mixed
 
 
 def parse_weights(text: str) -> tuple[float, float]:
