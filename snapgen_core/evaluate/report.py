@@ -108,7 +108,8 @@ def paired_difference(ours: Sequence[Mapping[str, str]], theirs: Sequence[Mappin
     """By how much the first runs' overall score exceeds the second's, with its 95% interval.
 
     Each run is a report's `outcomes`; all runs drew the same prompts, and those at the same place also share what else is
-    random (a seed of the training). So what is resampled are differences: of prompts within their task, and of runs.
+    random (a seed of the training). So what is resampled are differences: of prompts within their task, and of runs. A few runs
+    say little about others: look at each of them, too.
     """
     rng = np.random.default_rng(seed)
     tasks = list(ours[0])
