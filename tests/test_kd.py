@@ -428,3 +428,22 @@ def test_the_command_prints_and_writes(monkeypatch, tmp_path, capfd):
     assert "the teacher asked" in out and "1.60" in out and "9.0 times the MACs" in out
     assert written["steps"] == steps and written["runs"] == 7 and written["paper_measured"] is None and written["paper"]["step_macs_ratio"] == pytest.approx(8.96, abs=0.05)
     assert main(["bench", "kd", "--only", "live"]) == 2 and "takes no --only" in capfd.readouterr().err
+
+
+def test_a_gpu_takes_the_papers_step(monkeypatch, tmp_path, capfd):
+    steps = {mode: {"seconds": [0.5], "median": 0.5, "ratio": 1.0} for mode in bench_kd.MODES} | {"batch_size": 64}
+    measured = {mode: {"median": 0.25, "ratio": ratio, "peak_bytes": 3 * 2**30, "sample_bytes": 2**30} for mode, ratio in (("plain", 1.0), ("live", 2.5))} | {"batch_size": 4}
+    monkeypatch.setattr(bench_kd, "time_steps", lambda scale, runs, teacher: steps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(bench_kd, "paper_steps", lambda runs: measured)
+    assert main(["bench", "kd", "--json", str(tmp_path / "b.json")]) == 0
+    out = capfd.readouterr().out
+    assert "the teacher asked: 0.250 s for 4 samples, 2.5 times; at most 3.0 GiB (expected 36.6), 1.0 a sample" in out
+    assert json.loads((tmp_path / "b.json").read_text())["paper_measured"] == measured
+
+    def full(runs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench_kd, "paper_steps", full)
+    assert main(["bench", "kd"]) == 0 and "no room for it" in capfd.readouterr().err
