@@ -59,5 +59,5 @@ def peak_memory() -> float:
 
 def cost(started: float) -> str:
     """What was spent since `started` (`time.perf_counter()`), in a line for the end of a notebook."""
-    minutes = (time.perf_counter() - started) / 60
-    return f"this run took {minutes:.1f} minutes and at most {peak_memory():.1f} GB of memory, with {torch.get_num_threads()} threads"
+    minutes, threads = (time.perf_counter() - started) / 60, torch.get_num_threads()
+    return f"this run took {minutes:.1f} minutes and at most {peak_memory():.1f} GB of memory, with {threads} thread{'s' * (threads != 1)}"

@@ -61,4 +61,4 @@ def test_peak_memory_is_kept_after_the_memory_is_given_back():
     grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert 0.45 < float(grown) < 0.6  # half a GiB
     assert peak_memory() > 1 and held[-1] == 1
-    assert re.fullmatch(r"this run took 2\.0 minutes and at most [\d.]+ GB of memory, with \d+ threads", cost(time.perf_counter() - 120))
+    assert re.fullmatch(r"this run took 2\.0 minutes and at most [\d.]+ GB of memory, with \d+ threads?", cost(time.perf_counter() - 120))
