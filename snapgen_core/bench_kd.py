@@ -43,12 +43,17 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-6, fused=True)
 
     def __call__(self) -> None:
-        batch = {name: value.to(self.device) for name, value in self.stage.batch(0).items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss, _ = self.module(**batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        take_step(self.module, self.optimizer, {name: value.to(self.device) for name, value in self.stage.batch(0).items()})
+
+
+def take_step(module: KdTraining, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    """As the loop of `train` does."""
+    kind = batch["x0"].device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        loss, _ = module(**batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def time_steps(scale: str, runs: int, teacher=None) -> dict:
@@ -167,22 +172,15 @@ def paper_steps(runs: int, batch_size: int = 4, scale: str = "paper", teacher_co
             if teacher:
                 context, pooled = torch.randn(count, teacher_tokens, teacher_config["joint_attention_dim"], device=device), torch.randn(count, teacher_config["pooled_projection_dim"], device=device)
                 batch["velocity"], batch["features"] = teacher(x0, 1000 * sigma, context, pooled)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, _ = training(**batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            take_step(training, optimizer, batch)
 
         step(1)  # the first one makes the moments
         least, peak = _peak_bytes(step, 1, device), _peak_bytes(step, batch_size, device)
         seconds = timed(lambda: step(batch_size), runs, device)
-        found[mode] = {
-            "seconds": seconds,
-            "median": statistics.median(seconds),
-            "ratio": statistics.median(seconds) / found.get("plain", {"median": statistics.median(seconds)})["median"],
-            "peak_bytes": peak,
-            "sample_bytes": None if peak is None else (peak - least) / (batch_size - 1),
-        }
+        sample_bytes = None if peak is None else (peak - least) / (batch_size - 1)
+        found[mode] = {"seconds": seconds, "median": statistics.median(seconds), "peak_bytes": peak, "sample_bytes": sample_bytes}
+    for mode in ("plain", "live"):
+        found[mode]["ratio"] = found[mode]["median"] / found["plain"]["median"]
     return found
 
 

@@ -231,7 +231,7 @@ def test_a_projector_of_another_training_is_refused(stage, tmp_path):
         stage().load(tmp_path)
 
 
-def test_mislabelled_scenes_carry_captions_of_other_scenes(stage, few):
+def test_mislabelled_scenes_carry_captions_of_other_scenes():
     captions = [f"a picture of {number}" for number in range(1000)]
     mixed = kd.mislabelled(captions, 0.3)
     assert sum(a != b for a, b in zip(captions, mixed)) == 300 and sorted(mixed) == sorted(captions)
