@@ -10,6 +10,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import flow
 from .bench import timed
 from .devices import best_device
 from .distill import Projector
@@ -171,7 +172,7 @@ def paper_steps(runs: int, batch_size: int = 4, scale: str = "paper", teacher_co
             batch = {"x0": x0, "eps": eps, "sigma": sigma, "context": torch.randn(count, text_tokens, unet.config.context_dim, device=device)}
             if teacher:
                 context, pooled = torch.randn(count, teacher_tokens, teacher_config["joint_attention_dim"], device=device), torch.randn(count, teacher_config["pooled_projection_dim"], device=device)
-                batch["velocity"], batch["features"] = teacher(x0, 1000 * sigma, context, pooled)
+                batch["velocity"], batch["features"] = teacher(x0, flow.TIMESTEPS * sigma, context, pooled)
             take_step(training, optimizer, batch)
 
         step(1)  # the first one makes the moments

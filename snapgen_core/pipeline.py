@@ -60,6 +60,11 @@ class SnapGenPipeline(DiffusionPipeline):
         """Noise levels of a run with `steps` steps, [steps + 1]."""
         return flow.inference_sigmas(steps, self.scheduler.config.shift)
 
+    @property
+    def painter(self) -> AutoencoderKL | TinyDecoder:
+        """What turns latents into pixels: the tiny decoder where there is one, or else the autoencoder's own."""
+        return self.vae if self.decoder is None else self.decoder
+
     def noise(self, count: int, generator: torch.Generator | list[torch.Generator] | None = None, size: int | None = None) -> Tensor:
         """Starting noise [count, C, size/8, size/8]. A list of generators gives every picture its own; with those of the
         CPU a seed means the same picture everywhere."""
@@ -138,7 +143,7 @@ class SnapGenPipeline(DiffusionPipeline):
                 bar.update()
         if output_type == "latent":
             return SnapGenPipelineOutput(images=x)
-        images = decode(self.vae if self.decoder is None else self.decoder, x)
+        images = decode(self.painter, x)
         return SnapGenPipelineOutput(images=to_pil(images) if output_type == "pil" else images)
 
 

@@ -143,7 +143,7 @@ def relay_generator(pipe, teacher: Teacher, text: TeacherText, levels: tuple[flo
         helper = guided_velocity(teacher, *text([*[""] * len(captions), *captions]), guidance)
         noise = pipe.noise(len(captions), [torch.Generator().manual_seed(seed) for seed in seeds])
         latents = flow.sample(lambda x, sigma: (helper if low < sigma <= high else student)(x, sigma), noise, pipe.sigmas(steps))
-        return decode(pipe.vae if pipe.decoder is None else pipe.decoder, latents)
+        return decode(pipe.painter, latents)
 
     return generate
 

@@ -191,9 +191,9 @@ class KdStage(TaughtStage):
     @cached_property
     def folder(self) -> Path:
         """Where answers are stored: named by the teacher's weights, by the first batch and by how the teacher reads it: by all
-        that decides on the files' content."""
+        that decides on the files' content. The first batch alone need not show which captions are wrong."""
         batch, prompts = self.drawn(0, self.settings.batch_size)
-        total = hashlib.sha256(f"{weights_digest(self.teacher)} {prompts}".encode())
+        total = hashlib.sha256(f"{weights_digest(self.teacher)} {self.mislabel} {prompts}".encode())
         for tensor in (*batch.values(), *self.text(prompts)):
             total.update(tensor.float().cpu().contiguous().numpy().data)
         return cache_dir(self.scale) / f"teacher-{total.hexdigest()[:16]}"
